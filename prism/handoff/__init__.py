@@ -1,0 +1,1 @@
+"""The handoff protocol: who owns a connection, and how ownership moves."""

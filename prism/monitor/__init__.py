@@ -1,0 +1,1 @@
+"""Tells a node when the kernel has forgotten a connection."""

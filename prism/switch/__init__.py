@@ -1,0 +1,1 @@
+"""The switch: its table, its control protocol, its data planes and its agent."""

@@ -1,0 +1,1 @@
+"""Logs, metrics and the status that ``prism-proxy`` reports."""

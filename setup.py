@@ -1,0 +1,75 @@
+"""Builds the C extensions and the eBPF object; everything else is in pyproject.toml."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+EXT = Path("prism/_ext")
+BPF_SOURCE = EXT / "bpf/prism_switch.bpf.c"
+C_FLAGS = ["-O2", "-std=gnu11", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden"]
+SANITIZE = os.environ.get("PRISM_SANITIZE", "")  # for example "address,undefined"
+
+
+def extension(name: str, *sources: str, libraries: tuple[str, ...] = ()) -> Extension:
+    """One Cython module ``prism._ext.<name>`` and the C files behind it."""
+    sanitize = [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-g"] if SANITIZE else []
+    return Extension(
+        f"prism._ext.{name}",
+        [str(EXT / f"{name}.pyx"), *(str(EXT / "src" / source) for source in sources)],
+        include_dirs=[str(EXT / "src"), str(EXT / "bpf")],
+        depends=[str(path) for path in (*EXT.glob("src/*.h"), *EXT.glob("bpf/*.h"))],
+        libraries=list(libraries),
+        extra_compile_args=[*C_FLAGS, *sanitize],
+        extra_link_args=sanitize,
+    )
+
+
+EXTENSIONS = [
+    extension("tcp_repair", "tcp_repair.c"),
+    extension("control", "siphash.c"),
+    extension("bpf", "bpf_loader.c", libraries=("bpf",)),
+]
+
+
+def compile_bpf(source: Path, target: Path) -> None:
+    """Compile one classifier for the ``bpf`` target with clang, with BTF.
+
+    Raises:
+        SystemExit: clang is missing or refuses the source.
+    """
+    clang = os.environ.get("CLANG", "clang")
+    if shutil.which(clang) is None:
+        raise SystemExit(f"{clang} not found: install Debian's clang, or set CLANG (build time only)")
+    arch = {"x86_64": "x86", "aarch64": "arm64"}.get(os.uname().machine, os.uname().machine)
+    multiarch = subprocess.run(
+        ["gcc", "-print-multiarch"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    subprocess.run(
+        [clang, "-O2", "-g", "-target", "bpf", f"-D__TARGET_ARCH_{arch}", "-Wall", "-Werror"]
+        + [f"-I/usr/include/{multiarch}", "-c", str(source), "-o", str(target)],
+        check=True,
+    )
+
+
+class BuildExt(build_ext):
+    """Builds the eBPF object beside the C extensions."""
+
+    def run(self) -> None:
+        """Build the C extensions, then the eBPF object."""
+        super().run()
+        root = Path() if self.inplace or self.editable_mode else Path(self.build_lib)
+        compile_bpf(BPF_SOURCE, root / BPF_SOURCE.with_suffix(".o"))
+
+
+setup(
+    ext_modules=cythonize(EXTENSIONS, compiler_directives={"language_level": "3"}),
+    cmdclass={"build_ext": BuildExt},
+)
