@@ -1,0 +1,223 @@
+"""Placement: which backend a key belongs to, and which worker of it takes a connection.
+
+Frontends and backends place by the same rules from the same list of nodes, so they agree on a
+key's home without talking to each other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from xxhash import xxh3_64_intdigest
+
+from prism.config import Config, NodeConfig
+from prism.errors import ConfigError, PrismError
+from prism.flow import Endpoint
+
+__all__ = [
+    "LeastConnections",
+    "NoNode",
+    "Node",
+    "Partitioned",
+    "Placement",
+    "RoundRobin",
+    "placement_from",
+]
+
+_TWO_64 = float(1 << 64)
+
+
+class NoNode(PrismError):
+    """Every node is to be avoided: there is nobody to place a request at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A backend, as its peers know it."""
+
+    name: str
+    address: str
+    address6: str | None = None
+    handoff_port: int = 4800
+    relay_port: int = 8080
+    workers: int = 1
+    weight: float = 1.0
+    worker_names: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    handoff_endpoints: tuple[Endpoint, ...] = field(init=False, repr=False, compare=False)
+    relay_endpoint: Endpoint = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        workers = range(self.workers)
+        put = object.__setattr__
+        put(self, "worker_names", tuple(f"{self.name}/{i}" for i in workers))
+        put(
+            self,
+            "handoff_endpoints",
+            tuple(Endpoint(self.address, self.handoff_port + i) for i in workers),
+        )
+        put(self, "relay_endpoint", Endpoint(self.address, self.relay_port))
+
+    @classmethod
+    def of(cls, config: NodeConfig) -> Node:
+        """The node a ``[[nodes]]`` entry describes."""
+        return cls(
+            config.name,
+            config.address,
+            config.address6,
+            config.handoff_port,
+            config.relay_port,
+            config.workers,
+            config.weight,
+        )
+
+    def worker_for(self, flow: bytes) -> int:
+        """The worker that takes the connection ``flow`` (packed): the same one every time."""
+        return xxh3_64_intdigest(flow) % self.workers if self.workers > 1 else 0
+
+    def serves(self, address: str) -> bool:
+        """Whether the node can own a flow to a service ``address``: it needs the same family."""
+        return (":" in self.address) == (":" in address) or (
+            self.address6 is not None and ":" in address
+        )
+
+
+class Placement(Protocol):
+    """Chooses nodes. Not thread-safe: a worker process has one thread that places."""
+
+    nodes: tuple[Node, ...]
+
+    def choose(self, key: str, avoid: Container[str] = ()) -> Node:
+        """The node for ``key`` (a request's path), none of the names in ``avoid``.
+
+        Raises:
+            NoNode: all are to be avoided.
+        """
+
+    def opened(self, node: Node) -> None:
+        """A connection of ours went to ``node``."""
+
+    def closed(self, node: Node) -> None:
+        """A connection of ours left ``node``."""
+
+
+class _Base:
+    """The nodes, and counting that only least-connections needs."""
+
+    def __init__(self, nodes: Iterable[Node]) -> None:
+        self.nodes = tuple(nodes)
+        if not self.nodes:
+            raise ConfigError("a placement needs at least one node: add [[nodes]] entries")
+
+    def opened(self, node: Node) -> None:
+        """Count nothing."""
+
+    def closed(self, node: Node) -> None:
+        """Count nothing."""
+
+
+class Partitioned(_Base):
+    """Rendezvous hashing: each key belongs to the node with the highest weighted hash.
+
+    Without one node only its keys move, each to the node that came second (Thaler and
+    Ravishankar, 1998); a node's share is in proportion to its weight.
+    """
+
+    def __init__(self, nodes: Iterable[Node]) -> None:
+        super().__init__(nodes)
+        self._seeds = tuple((xxh3_64_intdigest(node.name.encode()), node) for node in self.nodes)
+        # The logarithm keeps the order of the hashes, so equal weights need none.
+        self._weighted = len({node.weight for node in self.nodes}) > 1
+
+    def choose(self, key: str, avoid: Container[str] = ()) -> Node:
+        """As :meth:`Placement.choose`."""
+        data = key.encode("utf-8", "surrogateescape")
+        best: Node | None = None
+        highest = -1.0
+        for seed, node in self._seeds:
+            if avoid and node.name in avoid:
+                continue
+            score: float = xxh3_64_intdigest(data, seed)
+            if self._weighted:
+                # (score + 1/2) / 2**64 is strictly between 0 and 1 but for rounding up to 1.
+                score = node.weight / max(-math.log((score + 0.5) / _TWO_64), 1e-18)
+            if score > highest:
+                highest, best = score, node
+        if best is None:
+            raise NoNode("no backend is left to place this request at")
+        return best
+
+
+class RoundRobin(_Base):
+    """Each node in turn, smoothly by weight: 2:1 gives A B A, never A A B."""
+
+    def __init__(self, nodes: Iterable[Node]) -> None:
+        super().__init__(nodes)
+        self._credit = [0.0] * len(self.nodes)
+
+    def choose(self, key: str, avoid: Container[str] = ()) -> Node:
+        """As :meth:`Placement.choose`; the key does not matter."""
+        credit, best, total = self._credit, -1, 0.0
+        for index, node in enumerate(self.nodes):
+            if avoid and node.name in avoid:
+                continue
+            credit[index] += node.weight
+            total += node.weight
+            if best < 0 or credit[index] > credit[best]:
+                best = index
+        if best < 0:
+            raise NoNode("no backend is left to place this request at")
+        credit[best] -= total
+        return self.nodes[best]
+
+
+class LeastConnections(_Base):
+    """The node with the fewest connections of ours for its weight; ties go round."""
+
+    def __init__(self, nodes: Iterable[Node]) -> None:
+        super().__init__(nodes)
+        self._open = {node.name: 0 for node in self.nodes}
+        self._next = 0
+
+    def choose(self, key: str, avoid: Container[str] = ()) -> Node:
+        """As :meth:`Placement.choose`; the key does not matter."""
+        nodes, count = self.nodes, len(self.nodes)
+        best: Node | None = None
+        lowest = math.inf
+        for step in range(count):
+            node = nodes[(self._next + step) % count]
+            if avoid and node.name in avoid:
+                continue
+            load = (self._open[node.name] + 1) / node.weight
+            if load < lowest:
+                lowest, best = load, node
+        if best is None:
+            raise NoNode("no backend is left to place this request at")
+        self._next = (self._next + 1) % count
+        return best
+
+    def opened(self, node: Node) -> None:
+        """Count one connection at ``node``."""
+        self._open[node.name] += 1
+
+    def closed(self, node: Node) -> None:
+        """One connection less at ``node``."""
+        self._open[node.name] = max(0, self._open[node.name] - 1)
+
+
+_KINDS: dict[str, type[Partitioned] | type[RoundRobin] | type[LeastConnections]] = {
+    "partitioned": Partitioned,
+    "round-robin": RoundRobin,
+    "least-connections": LeastConnections,
+}
+
+
+def placement_from(config: Config) -> Placement:
+    """The placement that ``[placement]`` and ``[[nodes]]`` describe.
+
+    Raises:
+        ConfigError: there are no nodes.
+    """
+    return _KINDS[config.placement.name](Node.of(node) for node in config.nodes)
