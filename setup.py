@@ -32,7 +32,7 @@ def extension(name: str, *sources: str, libraries: tuple[str, ...] = ()) -> Exte
 
 
 EXTENSIONS = [
-    extension("tcp_repair", "tcp_repair.c"),
+    extension("tcp_repair", "tcp_state.c", "tcp_repair.c", "tcp_import.c", "tcp_fin.c"),
     extension("control", "siphash.c"),
     extension("bpf", "bpf_loader.c", libraries=("bpf",)),
 ]
@@ -53,7 +53,7 @@ def compile_bpf(source: Path, target: Path) -> None:
     ).stdout.strip()
     target.parent.mkdir(parents=True, exist_ok=True)
     subprocess.run(
-        [clang, "-O2", "-g", "-target", "bpf", f"-D__TARGET_ARCH_{arch}", "-Wall", "-Werror"]
+        [clang, "-O2", "-g", "-target", "bpf", "-mcpu=v3", f"-D__TARGET_ARCH_{arch}", "-Wall", "-Werror"]
         + [f"-I/usr/include/{multiarch}", "-c", str(source), "-o", str(target)],
         check=True,
     )
