@@ -1,0 +1,253 @@
+"""The control protocol over UDP, with the rule table in this process.
+
+For switches whose data plane cannot answer by itself: a driver (:class:`DataPlane`) is programmed
+*before* an answer is sent, so ``OK`` means that the packets already go the new way. Changes that
+arrive while the driver is busy go to it together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from prism.errors import ProtocolError, SwitchError
+from prism.flow import Endpoint
+from prism.switch.base import Change, DataPlane
+from prism.switch.control import KEY_SIZE, Message, Op, Status, decode, encode
+from prism.switch.listing import Lister
+from prism.switch.table import Outcome, RuleTable, rule_message
+
+__all__ = ["ServerCounters", "SwitchServer"]
+
+_log = logging.getLogger(__name__)
+_Address = tuple[Any, ...]
+_MAX_WAITING: Final = 65536  # requests that wait for the driver
+_MAX_BATCH: Final = 256  # changes in one call of the driver
+
+
+@dataclass(slots=True)
+class ServerCounters:
+    """What a server has seen since it was made."""
+
+    requests: int = 0
+    refused: int = 0
+    bad_datagrams: int = 0
+    replays: int = 0
+    overflows: int = 0
+    driver_errors: int = 0
+    expired_nodes: int = 0
+    expired_rules: int = 0
+
+
+class SwitchServer(asyncio.DatagramProtocol):
+    """Answers control datagrams over a :class:`RuleTable`.
+
+    Attributes:
+        table: the rules and leases.
+        counters: what has happened so far.
+        endpoint: where it listens, once started.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        key: bytes,
+        *,
+        table: RuleTable | None = None,
+        driver: DataPlane | None = None,
+        sweep: float = 0.25,
+    ) -> None:
+        """Prepare a server.
+
+        Args:
+            endpoint: the control address; port 0 takes any.
+            key: the cluster key, 16 octets.
+            table: a table to serve, by default a new one.
+            driver: the switch to program; without one the table is all there is.
+            sweep: seconds between two looks for nodes whose lease ran out.
+
+        Raises:
+            ValueError: the key has not 16 octets.
+        """
+        if len(key) != KEY_SIZE:
+            raise ValueError(f"a cluster key has {KEY_SIZE} octets, not {len(key)}")
+        self.table = RuleTable() if table is None else table
+        self.counters = ServerCounters()
+        self.endpoint = endpoint
+        self._key = key
+        self._driver = driver
+        self._sweep = sweep
+        self._lister = Lister(self.table)
+        self._busy: dict[bytes, deque[tuple[Message, _Address]]] = {}  # flow -> what waits for it
+        self._waiting = 0
+        self._queue: deque[tuple[Outcome, _Address | None]] = deque()
+        self._wake = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._transport: asyncio.DatagramTransport | None = None
+
+    async def start(self) -> None:
+        """Begin to listen.
+
+        Raises:
+            SwitchError: the address cannot be used.
+        """
+        loop = asyncio.get_running_loop()
+        try:
+            transport, _ = await loop.create_datagram_endpoint(
+                lambda: self, local_addr=(self.endpoint.host, self.endpoint.port)
+            )
+        except OSError as error:
+            raise SwitchError(f"cannot listen on {self.endpoint}: {error}") from error
+        self._transport = transport
+        self.endpoint = Endpoint.from_sockaddr(transport.get_extra_info("sockname"))
+        self._tasks.append(asyncio.create_task(self._sweep_leases()))
+        if self._driver is not None:
+            self._tasks.append(asyncio.create_task(self._drive(self._driver)))
+
+    async def close(self) -> None:
+        """Stop listening; the data plane keeps its rules. Idempotent."""
+        for task in self._tasks:
+            task.cancel()
+        for task in self._tasks:
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        self._tasks.clear()
+        if self._transport is not None:
+            self._transport.close()
+            self._transport = None
+
+    # Datagrams
+
+    def datagram_received(self, data: bytes, addr: _Address) -> None:
+        """Answer one datagram, or set it aside until the driver is ready for it."""
+        try:
+            request = decode(data, self._key)
+        except ProtocolError:
+            self.counters.bad_datagrams += 1
+            return
+        if request.is_reply:
+            self.counters.bad_datagrams += 1
+            return
+        try:
+            answer = self.table.admit(request, Endpoint.from_sockaddr(addr))
+        except LookupError:
+            self.counters.replays += 1
+            return
+        self.counters.requests += 1
+        if answer is not None:
+            self._send([answer], addr)
+        elif request.op == Op.LIST:
+            self._send(self._lister.answer(request), addr)
+        else:
+            self._execute(request, addr)
+
+    def error_received(self, exc: Exception) -> None:
+        """ICMP errors about answers: the asker repeats itself if it is still there."""
+
+    def _execute(self, request: Message, addr: _Address) -> None:
+        waiting = self._busy.get(request.flow)
+        if waiting is not None:  # its answer depends on a change that is still under way
+            if self._waiting >= _MAX_WAITING:
+                self.counters.overflows += 1
+                return
+            self._waiting += 1
+            waiting.append((request, addr))
+            return
+        outcome = self.table.execute(request)
+        if outcome.change is None or self._driver is None:
+            self._send([outcome.reply], addr)
+        else:
+            self._enqueue(outcome, addr)
+
+    def _send(self, messages: Sequence[Message], addr: _Address) -> None:
+        if messages[0].status not in (Status.OK, Status.NOENT):
+            self.counters.refused += 1
+        if self._transport is not None:
+            self._transport.sendto(b"".join(encode(m, self._key) for m in messages), addr)
+
+    # The driver
+
+    def _enqueue(self, outcome: Outcome, addr: _Address | None) -> None:
+        self._busy[outcome.reply.flow] = deque()
+        self._queue.append((outcome, addr))
+        self._wake.set()
+
+    async def _drive(self, driver: DataPlane) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._queue:
+                batch = [self._queue.popleft() for _ in range(min(_MAX_BATCH, len(self._queue)))]
+                changes = [outcome.change for outcome, _ in batch if outcome.change is not None]
+                for (outcome, addr), good in zip(
+                    batch, await self._apply(driver, changes), strict=True
+                ):
+                    self._settle(outcome, addr, good)
+
+    async def _apply(self, driver: DataPlane, changes: Sequence[Change]) -> Sequence[bool | None]:
+        """Whether each change is in force; ``None``: the driver could not be asked."""
+        try:
+            return await driver.apply(changes)
+        except SwitchError as error:
+            self.counters.driver_errors += 1
+            _log.warning("the data plane took none of %d changes: %s", len(changes), error)
+            return [None] * len(changes)
+
+    def _settle(self, outcome: Outcome, addr: _Address | None, good: bool | None) -> None:
+        change, reply = outcome.change, outcome.reply
+        if not good and change is not None:
+            self.counters.driver_errors += good is not None
+            self.table.restore(change)
+            before = change.before
+            reply = (
+                reply.reply(Status.FULL)
+                if before is None
+                else rule_message(reply, before, Status.FULL)
+            )
+        if addr is not None and good is not None:  # else: let the node ask again
+            self._send([reply], addr)
+        waiting = self._busy.pop(reply.flow, deque())
+        while waiting:
+            request, sender = waiting.popleft()
+            self._waiting -= 1
+            self._execute(request, sender)
+            later = self._busy.get(reply.flow)
+            if later is not None:  # that one is under way now; the others wait behind it
+                later.extend(waiting)
+                return
+
+    # Leases
+
+    async def _sweep_leases(self) -> None:
+        ended: set[int] = set()  # nodes without lease whose rules are gone
+        while True:
+            await asyncio.sleep(self._sweep)
+            nodes = self.table.nodes()
+            for node in nodes:
+                if node.lease > 0 and not node.alive:
+                    self.counters.expired_nodes += 1
+                    self.table.end_lease(node.id)
+            dead = {node.id for node in nodes if not node.alive}
+            ended &= dead
+            if dead - ended:
+                ended = dead - self._drop_rules(dead - ended)
+
+    def _drop_rules(self, dead: set[int]) -> set[int]:
+        """Delete the rules of these nodes; those that still have some, which are busy."""
+        busy: set[int] = set()
+        for rule in self.table.rules():
+            if rule.owner not in dead:
+                continue
+            if rule.flow in self._busy:
+                busy.add(rule.owner)
+            elif self.table.delete(rule.flow, rule.gen):
+                self.counters.expired_rules += 1
+                if self._driver is not None:
+                    change = Change(rule.flow, rule, None)
+                    self._enqueue(Outcome(Message(Op.DELETE, 0, 0, flow=rule.flow), change), None)
+        return busy
