@@ -1,0 +1,413 @@
+"""Streams: connections whose input can be looked at before it is taken.
+
+The request head is only peeked at, so that the kernel's receive queue still holds the request
+when the connection is exported. :class:`PlainStream` is a TCP connection as it is; a TLS stream
+follows the same protocol.
+
+Blocking: the plain methods never wait, they raise :class:`BlockingIOError`; :meth:`Stream.readable`
+and :meth:`Stream.writable` wait. Both work on asyncio's loop and on uvloop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import select
+import socket
+import struct
+import termios
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from prism.flow import Flow
+
+__all__ = ["PEEK_LIMIT", "PlainStream", "Stream", "linger_close"]
+
+PEEK_LIMIT: Final = 64 * 1024
+_ABORTIVE = struct.pack("ii", 1, 0)
+_NOTHING = bytes(4)
+
+
+class Stream(Protocol):
+    """What serves as a client's connection. One reader and one writer at a time."""
+
+    @property
+    def flow(self) -> Flow:
+        """The connection's name, as the client sees it."""
+        ...
+
+    @property
+    def eof(self) -> bool:
+        """The client has finished sending and all it sent was seen; it may still read."""
+        ...
+
+    def fileno(self) -> int:
+        """The socket's descriptor, -1 when closed."""
+        ...
+
+    def peek(self, limit: int = PEEK_LIMIT) -> bytes:
+        """What was received and not consumed, at most ``limit`` octets; empty at end of file.
+
+        Raises:
+            BlockingIOError: nothing is there now.
+            OSError: the connection is lost.
+        """
+        ...
+
+    def consume(self, n: int) -> None:
+        """Takes the first ``n`` octets of what was peeked out of the input.
+
+        Raises:
+            ValueError: fewer than ``n`` octets are there.
+        """
+        ...
+
+    def receive(self, n: int) -> bytes:
+        """Takes up to ``n`` octets; empty at end of file. Raises like :meth:`peek`."""
+        ...
+
+    def send(self, data: bytes | memoryview, more: bool = False) -> int:
+        """Sends what fits now and says how much that was; ``more``: do not send a short packet yet.
+
+        Raises:
+            BlockingIOError: nothing fits.
+            OSError: the connection is lost.
+        """
+        ...
+
+    def send_file(self, fd: int, offset: int, n: int) -> int:
+        """Sends up to ``n`` octets of a file from ``offset``; 0 when the file ends there.
+
+        Raises like :meth:`send`.
+        """
+        ...
+
+    def unsent(self) -> int:
+        """Octets sent that the client has not acknowledged: shrinks while the client reads."""
+        ...
+
+    def shutdown_write(self) -> None:
+        """Ends our sending side; does nothing when the connection is gone."""
+        ...
+
+    def abort(self) -> None:
+        """Closes with a reset: the client sees that what it got is not whole."""
+        ...
+
+    def close(self) -> None:
+        """Closes; waiters get :class:`ConnectionAbortedError`. Calling it again does nothing."""
+        ...
+
+    def await_more(self, n: int) -> None:
+        """Makes the stream readable only when more than the ``n`` octets already peeked are there.
+
+        Without it, waiting on an incomplete head would return at once, again and again. End of
+        file and errors still wake. Call :meth:`reset_lowat` when the head is complete.
+        """
+        ...
+
+    def reset_lowat(self) -> None:
+        """Undoes :meth:`await_more`; cheap when there is nothing to undo."""
+        ...
+
+    async def readable(self, seconds: float | None) -> None:
+        """Waits until there is something to peek at, or end of file, or an error.
+
+        Raises:
+            TimeoutError: nothing came in ``seconds``.
+            ConnectionAbortedError: the stream was closed meanwhile.
+        """
+        ...
+
+    async def writable(self, seconds: float | None) -> None:
+        """Waits until something can be sent; raises like :meth:`readable`."""
+        ...
+
+    def on_readable(self, callback: Callable[[], None]) -> None:
+        """Calls ``callback`` whenever there is something to peek at, until :meth:`off_readable`.
+
+        For the idle state: no task waits. It is level-triggered; not to be used together with
+        :meth:`readable`.
+        """
+        ...
+
+    def off_readable(self) -> None:
+        """Ends :meth:`on_readable`; does nothing when it is not on."""
+        ...
+
+
+class PlainStream:
+    """A connected TCP socket as a stream.
+
+    Args:
+        sock: connected; made non-blocking. The stream owns it from now on.
+        flow: the connection's name; by default the socket's own two ends.
+        pending: octets that were received before, to be read before the socket's.
+    """
+
+    __slots__ = (
+        "_eof",
+        "_fd",
+        "_flow",
+        "_loop",
+        "_lowat",
+        "_pending",
+        "_reader",
+        "_writer",
+        "sock",
+    )
+
+    def __init__(self, sock: socket.socket, flow: Flow | None = None, pending: bytes = b"") -> None:
+        sock.setblocking(False)
+        self.sock = sock
+        self._fd = sock.fileno()
+        self._flow = flow
+        self._pending = pending
+        self._eof = False
+        self._lowat = 1
+        self._loop = asyncio.get_running_loop()
+        self._reader: asyncio.Future[None] | Callable[[], None] | None = None
+        self._writer: asyncio.Future[None] | None = None
+
+    def __repr__(self) -> str:
+        return f"<PlainStream fd={self._fd} {self._flow or ''}>"
+
+    @property
+    def flow(self) -> Flow:
+        """The connection's name, as the client sees it."""
+        if self._flow is None:
+            self._flow = Flow.of_socket(self.sock)
+        return self._flow
+
+    @property
+    def eof(self) -> bool:
+        """The client has finished sending and all it sent was seen."""
+        return self._eof
+
+    @property
+    def pending(self) -> bytes:
+        """Octets received before the socket's that were not consumed yet."""
+        return self._pending
+
+    def fileno(self) -> int:
+        """The socket's descriptor, -1 when closed."""
+        return self._fd
+
+    def peek(self, limit: int = PEEK_LIMIT) -> bytes:
+        """What was received and not consumed; see :meth:`Stream.peek`."""
+        pending = self._pending
+        if pending:
+            if len(pending) >= limit:
+                return pending[:limit]
+            try:
+                data = pending + self.sock.recv(limit - len(pending), socket.MSG_PEEK)
+            except BlockingIOError:
+                data = pending
+        else:
+            data = self.sock.recv(limit, socket.MSG_PEEK)
+            if not data:
+                self._eof = True
+        # With a raised mark only a FIN (or an error) makes the socket readable before the mark is
+        # reached, and a peek cannot show a FIN behind data: ask for it.
+        if len(data) < self._lowat and self._lowat > 1 and not self._eof:
+            self._eof = self._fin_received()
+        return data
+
+    def _fin_received(self) -> bool:
+        poll = select.poll()
+        poll.register(self._fd, select.POLLRDHUP)
+        return bool(poll.poll(0))
+
+    def consume(self, n: int) -> None:
+        """Takes the first ``n`` octets; see :meth:`Stream.consume`."""
+        if self._pending:
+            taken = min(n, len(self._pending))
+            self._pending = self._pending[taken:]
+            n -= taken
+        while n > 0:
+            try:
+                taken = len(self.sock.recv(n, socket.MSG_TRUNC))  # dropped in the kernel, uncopied
+            except BlockingIOError:
+                taken = 0
+            if not taken:
+                raise ValueError(f"{n} octets to consume are not there")
+            n -= taken
+
+    def receive(self, n: int) -> bytes:
+        """Takes up to ``n`` octets; see :meth:`Stream.receive`."""
+        if self._pending:
+            data, self._pending = self._pending[:n], self._pending[n:]
+            return data
+        data = self.sock.recv(n)
+        if not data and n:
+            self._eof = True
+        return data
+
+    def send(self, data: bytes | memoryview, more: bool = False) -> int:
+        """Sends what fits now; see :meth:`Stream.send`."""
+        return self.sock.send(data, socket.MSG_MORE if more else 0)
+
+    def send_file(self, fd: int, offset: int, n: int) -> int:
+        """Sends up to ``n`` octets of a file with sendfile(2); see :meth:`Stream.send_file`."""
+        return os.sendfile(self._fd, fd, offset, n)
+
+    def unsent(self) -> int:
+        """Octets not acknowledged by the client (SIOCOUTQ, tcp(7)); 0 when closed."""
+        if self._fd < 0:
+            return 0
+        return int.from_bytes(fcntl.ioctl(self._fd, termios.TIOCOUTQ, _NOTHING), "little")
+
+    def shutdown_write(self) -> None:
+        """Ends our sending side; does nothing when the connection is gone."""
+        try:
+            self.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass
+
+    def abort(self) -> None:
+        """Closes with a reset."""
+        try:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORTIVE)
+        except OSError:
+            pass
+        self.close()
+
+    def close(self) -> None:
+        """Closes; waiters get :class:`ConnectionAbortedError`."""
+        if self._fd < 0:
+            return
+        # Off the loop first: a descriptor closed under uvloop's poll handle would stay in it.
+        for waiter in (self._reader, self._writer):
+            if isinstance(waiter, asyncio.Future) and not waiter.done():
+                waiter.set_exception(ConnectionAbortedError("the stream was closed"))
+        self._stop_reading()
+        self._stop_writing()
+        self._fd = -1
+        self._pending = b""
+        self.sock.close()
+
+    def await_more(self, n: int) -> None:
+        """Readable only when more than ``n`` octets are there (SO_RCVLOWAT, socket(7))."""
+        mark = max(1, n + 1 - len(self._pending))
+        if mark != self._lowat:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, mark)
+            self._lowat = mark
+
+    def reset_lowat(self) -> None:
+        """Undoes :meth:`await_more`."""
+        if self._lowat != 1:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+            self._lowat = 1
+
+    async def readable(self, seconds: float | None) -> None:
+        """Waits for input, end of file or an error; see :meth:`Stream.readable`."""
+        if self._pending and self._lowat == 1:
+            return
+        if self._reader is not None:
+            raise RuntimeError("somebody waits for this stream's input already")
+        self._check_open()
+        future = self._reader = self._loop.create_future()
+        self._loop.add_reader(self._fd, _wake, future)
+        try:
+            await self._wait(future, seconds)
+        finally:
+            self._stop_reading()
+
+    async def writable(self, seconds: float | None) -> None:
+        """Waits until something can be sent; see :meth:`Stream.writable`."""
+        if self._writer is not None:
+            raise RuntimeError("somebody waits to write to this stream already")
+        self._check_open()
+        future = self._writer = self._loop.create_future()
+        self._loop.add_writer(self._fd, _wake, future)
+        try:
+            await self._wait(future, seconds)
+        finally:
+            self._stop_writing()
+
+    async def _wait(self, future: asyncio.Future[None], seconds: float | None) -> None:
+        timer = None if seconds is None else self._loop.call_later(seconds, _expire, future)
+        try:
+            await future
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    def _check_open(self) -> None:
+        if self._fd < 0:
+            raise ConnectionAbortedError("the stream is closed")
+
+    def on_readable(self, callback: Callable[[], None]) -> None:
+        """Calls ``callback`` whenever there is input; see :meth:`Stream.on_readable`."""
+        if isinstance(self._reader, asyncio.Future):
+            raise RuntimeError("somebody waits for this stream's input already")
+        self._check_open()
+        self._reader = callback
+        self._loop.add_reader(self._fd, callback)
+        if self._pending and self._lowat == 1:
+            self._loop.call_soon(self._report_pending, callback)
+
+    def _report_pending(self, callback: Callable[[], None]) -> None:
+        if self._reader is callback and self._pending:
+            callback()
+
+    def off_readable(self) -> None:
+        """Ends :meth:`on_readable`."""
+        if self._reader is not None and not isinstance(self._reader, asyncio.Future):
+            self._stop_reading()
+
+    def _stop_reading(self) -> None:
+        if self._reader is not None:
+            self._reader = None
+            if self._fd >= 0:
+                self._loop.remove_reader(self._fd)
+
+    def _stop_writing(self) -> None:
+        if self._writer is not None:
+            self._writer = None
+            if self._fd >= 0:
+                self._loop.remove_writer(self._fd)
+
+
+def _wake(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _expire(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_exception(TimeoutError("the other side was silent for too long"))
+
+
+async def linger_close(stream: Stream, seconds: float = 2.0, octets: int = 1 << 20) -> None:
+    """Closes a stream on which the client may still be sending.
+
+    Closing with unread input makes the kernel reset the connection, and the client might lose the
+    response that says why (RFC 9112, section 9.6). So: end our side, read on for a while, close.
+
+    Args:
+        stream: closed on return, whatever happens.
+        seconds: the longest time to read on.
+        octets: the most to read.
+    """
+    deadline = asyncio.get_running_loop().time() + seconds
+    try:
+        stream.shutdown_write()
+        stream.reset_lowat()
+        while octets > 0:
+            try:
+                data = stream.receive(PEEK_LIMIT)
+            except BlockingIOError:
+                remaining = deadline - asyncio.get_running_loop().time()
+                if remaining <= 0:
+                    return
+                await stream.readable(remaining)
+                continue
+            if not data:
+                return
+            octets -= len(data)
+    except OSError:  # a time-out as well: nothing more to wait for
+        pass
+    finally:
+        stream.close()
