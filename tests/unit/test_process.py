@@ -1,0 +1,155 @@
+"""Starting, supervising and stopping, with real processes."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from prism.process import start_time
+
+PROLOGUE = """
+import asyncio, os, sys, time
+from pathlib import Path
+from prism.config import TelemetryConfig
+from prism import process
+from prism.errors import ConfigError
+process._SETTLED = 0.3
+here = Path(sys.argv[1])
+def note(name):
+    (here / name).write_text(str(os.getpid()))
+"""
+EPILOGUE = """
+names = [f"x/{i}" for i in range(int(sys.argv[2]))]
+sys.exit(process.serve(main, names, TelemetryConfig(), patience=0.5))
+"""
+
+Start = Callable[[str, int], "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    started: list[subprocess.Popen[str]] = []
+
+    def start(body: str, workers: int) -> subprocess.Popen[str]:
+        program = PROLOGUE + textwrap.dedent(body) + EPILOGUE
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, str(tmp_path), str(workers)],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 8) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)
+
+
+def pid_in(path: Path) -> int:
+    wait_for(lambda: path.exists() and path.read_text())
+    return int(path.read_text())
+
+
+SERVE = """
+async def main(worker, stop):
+    note(f"up{worker}")
+    await stop.wait()
+    note(f"down{worker}")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_signal_stops_every_worker_cleanly(
+    start: Start, tmp_path: Path, workers: int, number: signal.Signals
+) -> None:
+    process = start(SERVE, workers)
+    pids = {pid_in(tmp_path / f"up{i}") for i in range(workers)}
+    assert len(pids) == workers
+    process.send_signal(number)
+    assert process.wait(timeout=5) == 0
+    assert all((tmp_path / f"down{i}").exists() for i in range(workers))
+    assert all(start_time(pid) is None for pid in pids)
+
+
+def test_a_dead_worker_is_started_again_and_the_others_stay(start: Start, tmp_path: Path) -> None:
+    process = start(SERVE, 2)
+    first, other = pid_in(tmp_path / "up0"), pid_in(tmp_path / "up1")
+    time.sleep(0.4)
+    (tmp_path / "up0").unlink()
+    os.kill(first, signal.SIGKILL)
+    again = pid_in(tmp_path / "up0")
+    assert again != first
+    assert start_time(other) is not None
+    process.terminate()
+    assert process.wait(timeout=5) == 0
+
+
+def test_a_worker_that_cannot_start_ends_it_all_with_a_plain_message(start: Start) -> None:
+    process = start(
+        """
+        async def main(worker, stop):
+            if worker == 1:
+                raise ConfigError("port 80 is taken; choose another")
+            await stop.wait()
+        """,
+        2,
+    )
+    assert process.wait(timeout=5) == 1
+    errors = process.stderr.read()
+    assert "port 80 is taken; choose another" in errors
+    assert "Traceback" not in errors
+
+
+def test_a_worker_that_will_not_stop_is_cut_short(start: Start, tmp_path: Path) -> None:
+    process = start(
+        """
+        async def main(worker, stop):
+            note(f"up{worker}")
+            await asyncio.sleep(60)
+        """,
+        2,
+    )
+    pid_in(tmp_path / "up0")
+    pid_in(tmp_path / "up1")
+    began = time.monotonic()
+    process.terminate()
+    assert process.wait(timeout=6) == 0
+    assert 0.4 < time.monotonic() - began < 5
+
+
+def test_workers_die_with_their_supervisor(start: Start, tmp_path: Path) -> None:
+    process = start(SERVE, 2)
+    pids = [pid_in(tmp_path / f"up{i}") for i in range(2)]
+    process.kill()
+    process.wait()
+    wait_for(lambda: all(start_time(pid) is None for pid in pids))
+
+
+def test_no_core_dumps_and_all_the_descriptors_there_are(start: Start, tmp_path: Path) -> None:
+    process = start(SERVE, 1)
+    pid = pid_in(tmp_path / "up0")
+    assert resource.prlimit(pid, resource.RLIMIT_CORE) == (0, 0)
+    soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    assert soft == hard
+    process.terminate()
+    assert process.wait(timeout=5) == 0
