@@ -32,9 +32,19 @@ MAX_LATE = 1024  # timed-out offers of which a late answer is still recognised
 class LinkLost(NamedTuple):
     """The connection broke before the answer came: the target may have the connection."""
 
+    @property
+    def label(self) -> str:
+        """For counters: ``link-lost``."""
+        return "link-lost"
+
 
 class TimedOut(NamedTuple):
     """No answer before the deadline: the target may have the connection."""
+
+    @property
+    def label(self) -> str:
+        """For counters: ``timed-out``."""
+        return "timed-out"
 
 
 Answer = Taken | Refused | LinkLost | TimedOut

@@ -139,6 +139,11 @@ class Taken(NamedTuple):
 
     id: int = 0
 
+    @property
+    def label(self) -> str:
+        """For counters: ``taken``."""
+        return "taken"
+
 
 class Refused(NamedTuple):
     """The target has not taken it."""
@@ -146,6 +151,11 @@ class Refused(NamedTuple):
     reason: Reason
     text: str = ""
     id: int = 0
+
+    @property
+    def label(self) -> str:
+        """For counters: the reason, ``import-failed`` for instance."""
+        return self.reason.name.lower().replace("_", "-")
 
 
 class Ping(NamedTuple):
