@@ -4,7 +4,8 @@
  *
  *   in state CLOSE        repair on; both queues' first sequence numbers; bind; connect
  *                         (which sends nothing and leads straight to ESTABLISHED)
- *   in repair mode        options, timestamp, receive queue, sent part of the send queue, windows
+ *   in repair mode        options, timestamp, receive queue, windows, segment size, the sent part
+ *                         of the send queue
  *   alive                 the FIN; repair off; SO_REUSEADDR; the unsent part of the send queue
  *
  * SO_REUSEADDR any earlier would take away the forced address reuse that repair mode gives.
@@ -34,6 +35,10 @@
 #define OPTION_WSCALE	  3
 #define OPTION_SACK	  4
 #define OPTION_TIMESTAMPS 8
+
+#ifndef IPV6_2292PKTOPTIONS
+#define IPV6_2292PKTOPTIONS 6 /* linux/in6.h, which cannot stand beside netinet/in.h */
+#endif
 
 static socklen_t make_sockaddr(struct sockaddr_storage *to, int family, const uint8_t address[16],
 			       uint16_t port)
@@ -244,6 +249,29 @@ static enum prism_tcp_result restore_windows(int fd, const struct prism_tcp_stat
 }
 
 /*
+ * Have the kernel work the segment size out again. It did so in connect, from the smallest MSS a
+ * client may have (536), and TCP_REPAIR_OPTIONS does not make it do so again: left at that, every
+ * response would leave in segments of 524 octets. Changing the IP options of a connected socket
+ * makes it, also when they stay empty. With IPv6 it takes an options object to be there, so one is
+ * made out of a control message that says nothing (for IPPROTO_NONE), and taken away again. A
+ * refusal costs speed only, and is ignored.
+ */
+static void update_segment_size(int fd, const struct prism_tcp_state *state)
+{
+	static const struct cmsghdr nothing = {
+		.cmsg_len = CMSG_LEN(0),
+		.cmsg_level = IPPROTO_NONE,
+	};
+
+	if (state->family == 4) {
+		(void)setsockopt(fd, IPPROTO_IP, IP_OPTIONS, NULL, 0);
+		return;
+	}
+	(void)setsockopt(fd, IPPROTO_IPV6, IPV6_2292PKTOPTIONS, &nothing, sizeof(nothing));
+	(void)setsockopt(fd, IPPROTO_IPV6, IPV6_2292PKTOPTIONS, NULL, 0);
+}
+
+/*
  * A receive buffer that the kernel had enlarged comes with a larger window clamp, and with the
  * one must come the other: tuning raises the clamp only when it raises the buffer. A clamp below
  * the default is the frontend's own bound for undecided requests and is not inherited.
@@ -273,9 +301,10 @@ static enum prism_tcp_result restore(int fd, const struct prism_tcp_state *state
 	PRISM_TRY(restore_options(fd, state, fault));
 	PRISM_TRY(make_room(fd, state, moved, fault));
 	PRISM_TRY(fill_queue(fd, TCP_RECV_QUEUE, payload, state->recv_len, fault));
-	PRISM_TRY(fill_queue(fd, TCP_SEND_QUEUE, payload + state->recv_len, sent, fault));
 	PRISM_TRY(restore_windows(fd, state, fault));
 	PRISM_TRY(restore_clamp(fd, state, moved, fault));
+	update_segment_size(fd, state);
+	PRISM_TRY(fill_queue(fd, TCP_SEND_QUEUE, payload + state->recv_len, sent, fault));
 	return prism_set_int(fd, IPPROTO_TCP, TCP_REPAIR_QUEUE, TCP_NO_QUEUE, "TCP_REPAIR_QUEUE",
 			     fault);
 }
