@@ -1,0 +1,1 @@
+"""The subcommands of ``prism-proxy``; each module loads only what its commands need."""

@@ -1,0 +1,76 @@
+"""The configuration that the lab writes for each of its processes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from prism.errors import ConfigError
+
+if TYPE_CHECKING:
+    from prism.lab.cluster import Cluster, Node
+
+__all__ = ["settings_of"]
+
+_ROLES = ("frontend", "backend", "switch")
+_COMMON = ("cluster", "placement", "telemetry")
+
+
+def settings_of(cluster: Cluster, node: Node) -> dict[str, Any]:
+    """The configuration of one process, as sections; the lab's ``settings`` override it.
+
+    Raises:
+        ConfigError: a setting that is not of the form ``section.key``.
+    """
+    options, topology = cluster.options, cluster.topology
+    settings: dict[str, Any] = {
+        "cluster": {
+            "key_file": str(cluster.dir / "cluster.key"),
+            "control": str(topology.control),
+            "services": [str(service) for service in topology.services(80)],
+        },
+        "placement": {"name": options.placement},
+        "telemetry": {
+            "status_socket": str(cluster.dir / f"run/{node.name}.sock"),
+            "log_format": "json",
+            "trace": options.trace,
+        },
+        "nodes": [
+            {
+                "name": site.role,
+                "address": site.address,
+                "address6": site.address6,
+                "workers": options.workers,
+            }
+            for site in topology.backends
+        ],
+        node.role: _role(cluster, node),
+    }
+    for key, value in options.settings.items():
+        section, _, name = key.partition(".")
+        if not name or section not in (*_COMMON, *_ROLES):
+            raise ConfigError(f"setting {key!r}: write SECTION.KEY=VALUE")
+        if section in settings:
+            settings[section][name] = value
+    return settings
+
+
+def _role(cluster: Cluster, node: Node) -> dict[str, Any]:
+    options = cluster.options
+    if node.role == "switch":
+        return {
+            "kind": options.switch,
+            "interfaces": list(cluster.topology.interfaces),
+            "lock": options.lock,
+            "pin_dir": str(cluster.dir / "bpf/prism"),
+        }
+    if node.role == "backend":
+        store = (options.store or cluster.dir / "store").absolute() / node.name
+        store.mkdir(parents=True, exist_ok=True)
+        return {"name": node.name, "store": str(store)}
+    site = next(site for site in cluster.topology.frontends if site.role == node.name)
+    return {
+        "name": node.name,
+        "address": site.address,
+        "address6": site.address6,
+        "workers": options.workers,
+    }
