@@ -24,11 +24,9 @@ _MORE: Final = int(Flags.MORE)
 
 
 class _Snapshot:
-    __slots__ = ("asker", "flows", "owner", "seq", "used")
+    __slots__ = ("flows", "owner", "used")
 
-    def __init__(self, asker: int, seq: int, owner: int, flows: list[bytes], used: float) -> None:
-        self.asker = asker
-        self.seq = seq
+    def __init__(self, owner: int, flows: list[bytes], used: float) -> None:
         self.owner = owner
         self.flows = flows
         self.used = used
@@ -60,12 +58,21 @@ class Lister:
         self._numbers = itertools.count(1)
         self._snapshots: OrderedDict[int, _Snapshot] = OrderedDict()
 
-    def answer(self, request: Message) -> list[Message]:
-        """The page that ``request`` asks for, as the messages of one datagram."""
+    def collect(self, owner: int) -> list[bytes]:
+        """The flows of one owner (0: of all), for :meth:`answer`. May run in another thread."""
+        return [rule.flow for rule in self._store.rules() if owner in (0, rule.owner)]
+
+    def answer(self, request: Message, flows: list[bytes] | None = None) -> list[Message]:
+        """The page that ``request`` asks for, as the messages of one datagram.
+
+        Args:
+            request: a LIST.
+            flows: what :meth:`collect` found, for a first page; by default it is called.
+        """
         self._expire()
         number, place = request.cookie >> _PLACE_BITS, request.cookie & ((1 << _PLACE_BITS) - 1)
         if request.cookie == 0:
-            number = self._take(request)
+            number = self._take(request.owner, flows)
         snapshot = self._snapshots.get(number)
         if snapshot is None or snapshot.owner != request.owner:
             return [request.reply(Status.INVALID)]
@@ -73,16 +80,13 @@ class Lister:
         self._snapshots.move_to_end(number)
         return self._page(request, number, snapshot, place)
 
-    def _take(self, request: Message) -> int:
-        for number, snapshot in self._snapshots.items():
-            if (snapshot.asker, snapshot.seq) == (request.node, request.seq):
-                return number
-        owner = request.owner
-        flows = [rule.flow for rule in self._store.rules() if owner in (0, rule.owner)]
+    def _take(self, owner: int, flows: list[bytes] | None) -> int:
+        if flows is None:
+            flows = self.collect(owner)
         while len(self._snapshots) >= self._max_snapshots:
             self._snapshots.popitem(last=False)
         number = next(self._numbers)
-        self._snapshots[number] = _Snapshot(request.node, request.seq, owner, flows, self._clock())
+        self._snapshots[number] = _Snapshot(owner, flows, self._clock())
         return number
 
     def _page(
