@@ -130,12 +130,12 @@ def tail(path: Path, lines: int = 8) -> str:
 
 
 def to_toml(value: object) -> str:
-    """A plain value as TOML. A JSON string is a TOML one."""
+    """A plain value as TOML. A JSON string is a TOML one, but for surrogate pairs and DEL."""
     if isinstance(value, Mapping):
         return "{ " + ", ".join(f"{key} = {to_toml(item)}" for key, item in value.items()) + " }"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(to_toml(item) for item in value) + "]"
-    return json.dumps(value)
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def write_toml(path: Path, sections: Mapping[str, Any]) -> None:

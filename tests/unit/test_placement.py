@@ -1,0 +1,147 @@
+"""Placement: balance, stability, agreement."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prism.config import NodeConfig, parse
+from prism.errors import ConfigError
+from prism.flow import Endpoint
+from prism.placement import (
+    LeastConnections,
+    Node,
+    NoNode,
+    Partitioned,
+    RoundRobin,
+    placement_from,
+)
+
+KEYS = [f"/bucket/object-{number}" for number in range(20_000)]
+
+
+def nodes(*weights: float) -> list[Node]:
+    return [Node(f"be{i}", f"10.0.0.{i}", weight=w) for i, w in enumerate(weights, 1)]
+
+
+@pytest.mark.parametrize("weights", [(1, 1, 1, 1), (1, 2, 3), (0.5, 0.5, 4)])
+def test_shares_are_in_proportion_to_weights(weights: tuple[float, ...]) -> None:
+    placement = Partitioned(nodes(*weights))
+    counts = Counter(placement.choose(key).name for key in KEYS)
+    for index, weight in enumerate(weights, 1):
+        expected = len(KEYS) * weight / sum(weights)
+        assert counts[f"be{index}"] == pytest.approx(expected, rel=0.06)
+
+
+def test_without_a_node_only_its_keys_move() -> None:
+    everyone = nodes(1, 2, 1, 1)
+    before, after = Partitioned(everyone), Partitioned(everyone[:2] + everyone[3:])
+    moved_to = Counter()
+    for key in KEYS:
+        home = before.choose(key)
+        if home.name == "be3":
+            moved_to[after.choose(key).name] += 1
+            assert before.choose(key, {"be3"}) == after.choose(key)
+        else:
+            assert after.choose(key) == home
+    assert set(moved_to) == {"be1", "be2", "be4"}
+
+
+@given(st.text(), st.permutations(range(5)))
+def test_nodes_agree_whatever_the_order_of_their_lists(key: str, order: list[int]) -> None:
+    everyone = nodes(1, 1, 2, 1, 3)
+    mine = Partitioned(everyone)
+    yours = Partitioned([everyone[index] for index in order])
+    assert mine.choose(key) == yours.choose(key)
+
+
+@given(st.text(st.characters()))
+def test_equal_weights_choose_as_weighted_ones_do(key: str) -> None:
+    plain = Partitioned(nodes(1, 1, 1))
+    weighted = Partitioned(nodes(1, 1, 1))
+    weighted._weighted = True
+    assert plain.choose(key) == weighted.choose(key)
+
+
+def test_keys_with_any_octets_have_a_home() -> None:
+    assert Partitioned(nodes(1, 1)).choose("/\udcff\udc80\x00") in nodes(1, 1)
+
+
+@pytest.mark.parametrize("kind", [Partitioned, RoundRobin, LeastConnections])
+def test_nodes_to_avoid_are_avoided_until_none_is_left(kind: type) -> None:
+    placement = kind(nodes(1, 1, 1))
+    chosen = {placement.choose(key, {"be1", "be3"}).name for key in KEYS[:50]}
+    assert chosen == {"be2"}
+    with pytest.raises(NoNode):
+        placement.choose("/", {"be1", "be2", "be3"})
+    with pytest.raises(ConfigError, match="nodes"):
+        kind([])
+
+
+def test_round_robin_is_smooth_and_weighted() -> None:
+    placement = RoundRobin(nodes(2, 1, 1))
+    turns = [placement.choose("").name for _ in range(8)]
+    assert turns == ["be1", "be2", "be3", "be1"] * 2
+
+
+def test_least_connections_fills_the_emptiest() -> None:
+    placement = LeastConnections(nodes(1, 1, 2))
+    counts: Counter[str] = Counter()
+    for _ in range(40):
+        node = placement.choose("")
+        placement.opened(node)
+        counts[node.name] += 1
+    assert counts == {"be1": 10, "be2": 10, "be3": 20}
+    for _ in range(10):
+        placement.closed(placement.nodes[0])
+    assert [placement.choose("").name for _ in range(3)] == ["be1"] * 3
+    for _ in range(99):
+        placement.closed(placement.nodes[1])  # never below zero
+    assert placement._open["be2"] == 0
+
+
+def test_a_flow_keeps_its_worker_and_workers_share_evenly() -> None:
+    node = Node("be1", "10.0.0.1", workers=4, handoff_port=5000)
+    flows = [number.to_bytes(36, "big") for number in range(4000)]
+    counts = Counter(node.worker_for(flow) for flow in flows)
+    assert set(counts) == {0, 1, 2, 3}
+    assert min(counts.values()) > 850
+    assert all(node.worker_for(flow) == node.worker_for(bytes(flow)) for flow in flows[:50])
+    assert node.handoff_endpoints[3] == Endpoint("10.0.0.1", 5003)
+    assert node.worker_names[3] == "be1/3"
+
+
+def test_a_node_serves_the_families_it_has_addresses_of() -> None:
+    assert Node("a", "10.0.0.1").serves("192.0.2.1")
+    assert not Node("a", "10.0.0.1").serves("2001:db8::1")
+    assert Node("a", "10.0.0.1", "fd00::1").serves("2001:db8::1")
+    assert not Node("a", "fd00::1").serves("192.0.2.1")
+
+
+@pytest.mark.parametrize("kind", ["partitioned", "round-robin", "least-connections"])
+def test_the_configuration_makes_the_placement(kind: str) -> None:
+    config = parse(
+        f"""
+        [cluster]
+        key = "{"ab" * 16}"
+        control = "10.0.0.1:4790"
+        [[nodes]]
+        name = "be1"
+        address = "10.0.0.2"
+        weight = 3.0
+        [placement]
+        name = "{kind}"
+        """
+    )
+    placement = placement_from(config)
+    assert placement.choose("/x") == Node.of(NodeConfig(name="be1", address="10.0.0.2", weight=3))
+
+
+def test_choosing_among_four_nodes_is_quick(benchmark) -> None:
+    placement = Partitioned(nodes(1, 1, 1, 1))
+    benchmark(placement.choose, "/bucket/object-4711")
+    if benchmark.stats is not None:  # none with --benchmark-disable
+        assert benchmark.stats.stats.median < 2e-6
