@@ -99,6 +99,15 @@ class Stream(Protocol):
         """Closes; waiters get :class:`ConnectionAbortedError`. Calling it again does nothing."""
         ...
 
+    @property
+    def pending(self) -> bytes:
+        """Octets taken from the socket that were not consumed yet: they travel with a handoff."""
+        ...
+
+    def release(self) -> int:
+        """Gives the socket's descriptor away, open as it is; the stream counts as closed."""
+        ...
+
     def await_more(self, n: int) -> None:
         """Makes the stream readable only when more than the ``n`` octets already peeked are there.
 
@@ -286,6 +295,17 @@ class PlainStream:
         self._fd = -1
         self._pending = b""
         self.sock.close()
+
+    def release(self) -> int:
+        """Gives the descriptor away, open as it is; the stream counts as closed."""
+        for waiter in (self._reader, self._writer):
+            if isinstance(waiter, asyncio.Future) and not waiter.done():
+                waiter.set_exception(ConnectionAbortedError("the stream was given away"))
+        self._stop_reading()
+        self._stop_writing()
+        self._fd = -1
+        self._pending = b""
+        return self.sock.detach()
 
     def await_more(self, n: int) -> None:
         """Readable only when more than ``n`` octets are there (SO_RCVLOWAT, socket(7))."""

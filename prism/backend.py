@@ -1,0 +1,284 @@
+"""The backend: takes connections over, serves its share of the objects, hands the rest on."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from time import monotonic_ns
+from typing import Any
+
+from prism.apps.listing import Listing
+from prism.apps.objectstore import ObjectStore
+from prism.config import BackendConfig, Config
+from prism.errors import ConfigError, ProtocolError
+from prism.flow import Endpoint, Flow
+from prism.frontend import run_node
+from prism.handoff.incoming import Incoming
+from prism.handoff.outgoing import Outgoing
+from prism.handoff.wire import Offer, Reason, Refused
+from prism.http.connection import Connection
+from prism.http.exchange import App
+from prism.http.head import RequestHead
+from prism.http.stream import PlainStream
+from prism.listener import Listener
+from prism.monitor.base import Gone
+from prism.monitor.sockdiag import SockDiagMonitor
+from prism.node import Node
+from prism.process import serve
+from prism.switch.control import Message, Op, Status
+from prism.telemetry.logging import event
+
+__all__ = ["Backend", "run"]
+
+log = logging.getLogger(__name__)
+
+TIME_WAIT = 60.0  # seconds the kernel keeps a connection it closed first (TCP_TIMEWAIT_LEN)
+DELETE_PAUSE = 1.0  # seconds until a rule's removal is tried again
+
+
+class Owned:
+    """A rule of this backend: of a connection, or of one whose kernel state is not gone yet."""
+
+    __slots__ = ("ended", "gen", "local")
+
+    def __init__(self, gen: int, local: Endpoint) -> None:
+        self.gen = gen
+        self.local = local
+        self.ended = False
+
+
+class Backend(Node):
+    """One worker process of a backend.
+
+    Attributes:
+        rules: by packed flow, the rules that name this worker as the owner.
+        taking: handoffs to this worker under way, by packed flow.
+    """
+
+    role = "backend"
+    keeps_rules = True
+
+    def __init__(self, config: Config, worker: int = 0) -> None:
+        if config.backend is None:
+            raise ConfigError("the configuration has no [backend] section: add one")
+        super().__init__(config, config.backend, worker)
+        self.backend: BackendConfig = config.backend
+        self.rules: dict[bytes, Owned] = {}
+        self.taking: dict[bytes, Incoming] = {}
+        self.monitor = SockDiagMonitor()
+        self.store = ObjectStore(self.backend.store, max_size=self.backend.max_object_size)
+        self.listing = Listing(self.peers.placement.nodes)
+        self._sticky = config.placement.name != "partitioned"
+        self._listener: Listener | None = None
+
+    async def start(self) -> None:
+        """Join the cluster, then take connections over and accept relayed ones.
+
+        Raises:
+            SwitchError: the switch does not answer.
+            OSError: an address cannot be bound, the store cannot be used.
+        """
+        await self.monitor.start()
+        await super().start()
+        endpoint = Endpoint(self.backend.address, self.backend.relay_port)
+        self._listener = Listener(endpoint, self.backend.backlog, self._accepted)
+
+    async def close(self) -> None:
+        """Close everything at once."""
+        if self._listener is not None:
+            self._listener.close()
+        await super().close()
+        await self.monitor.close()
+        self.store.close()
+
+    def status(self) -> dict[str, Any]:
+        """The status document."""
+        return super().status() | {"rules_owned": len(self.rules), "taking": len(self.taking)}
+
+    # -- relayed connections ---------------------------------------------------------------
+
+    def _accepted(self, sock: socket.socket, client: Endpoint, local: Endpoint) -> None:
+        """A node relays to this one."""
+        if len(self.connections) >= self.backend.max_connections:
+            self.metrics.connections_refused += 1
+            sock.close()
+            return
+        flow = Flow(client, local)
+        key = flow.pack()
+        connection = Connection(
+            PlainStream(sock, flow), flow, key, self, local=local, relayed_in=True
+        )
+        self.connections[key] = connection
+        connection.start()
+
+    # -- requests --------------------------------------------------------------------------
+
+    def local_app(self, connection: Connection, head: RequestHead) -> App | None:
+        """The store, for what is placed here and for what a frontend relays."""
+        if connection.relayed_in:
+            return self.store
+        if not head.key and head.method in (b"GET", b"HEAD"):
+            return self.listing
+        if self._sticky or head.key == b"*":
+            return self.store
+        place = self.peers.placement.choose(head.key.decode("utf-8", "surrogateescape"))
+        return self.store if place.name == self.backend.name else None
+
+    # -- handoffs in -----------------------------------------------------------------------
+
+    def on_offer(self, offer: Offer, reply: Any) -> None:
+        """Take a connection over, unless this worker is stopping, full, or has it already."""
+        if self.stopping:
+            reply(Refused(Reason.DRAINING, f"{self.name} is stopping"))
+            return
+        if len(self.connections) + len(self.taking) >= self.backend.max_connections:
+            reply(Refused(Reason.BUSY, f"{self.name} has {len(self.connections)} connections"))
+            return
+        if offer.flow in self.taking or offer.flow in self.connections:
+            reply(Refused(Reason.OTHER, f"{self.name} has this flow already"))
+            return
+        try:
+            handoff = Incoming(self, offer, reply)
+        except ProtocolError as error:
+            reply(Refused(Reason.OTHER, str(error)))
+            return
+        self.taking[offer.flow] = handoff
+        handoff.start()
+
+    def import_endpoint(self, flow: Flow) -> Endpoint | None:
+        """The own address of the service's family, and the first port to try."""
+        address = self.backend.address_for(flow.service.host)
+        return Endpoint(address, self.backend.takeover_port) if address else None
+
+    def taken_over(self, handoff: Incoming, sock: socket.socket) -> None:
+        """A connection is this worker's now: serve it."""
+        self.metrics.handoffs_in += 1
+        offer = handoff.offer
+        key = offer.flow
+        # A rule of this flow's last connection, if any, is the one that was just taken over.
+        self.rules[key] = Owned(handoff.gen, handoff.local)
+        connection = Connection(
+            PlainStream(sock, handoff.flow, offer.pending),
+            handoff.flow,
+            key,
+            self,
+            local=handoff.local,
+            gen=handoff.gen,
+            hops=offer.hops + 1,
+        )
+        self.connections[key] = connection
+        self.monitor.watch(
+            sock.fileno(),
+            handoff.local,
+            handoff.flow.client,
+            lambda gone: self._gone(key, handoff.gen, gone),
+        )
+        connection.start()
+        if self.trace:
+            handoff.steps["served"] = monotonic_ns() - offer.arrived_ns
+
+    def settled(self, handoff: Incoming) -> None:
+        """A handoff to this worker has ended, one way or the other."""
+        self.taking.pop(handoff.offer.flow, None)
+        if self.trace:
+            event(
+                "handoff-in",
+                flow=handoff.flow,
+                gen=handoff.gen,
+                source=handoff.peer,
+                local=handoff.local,
+                steps=handoff.steps,
+            )
+
+    # -- handoffs out, and the end of connections ------------------------------------------
+
+    def handed_over(self, handoff: Outgoing) -> None:
+        """Another node has the connection: its rule is not this worker's any more."""
+        super().handed_over(handoff)
+        owned = self.rules.pop(handoff.connection.key, None)
+        if owned is not None:
+            self.monitor.forget(owned.local, handoff.connection.flow.client)
+
+    def rule_changed(self, connection: Connection, gen: int) -> None:
+        """The rule has another generation, or is gone."""
+        super().rule_changed(connection, gen)
+        if gen:
+            owned = self.rules.get(connection.key)
+            if owned is not None:
+                owned.gen = gen
+            return
+        self.rules.pop(connection.key, None)
+        # Without a rule the client's packets go to the frontend: nobody can serve it here.
+        connection.close(abort=True)
+
+    def alive(self, flow: bytes, gen: int) -> bool:
+        """Whether the connection of a flow exists; one in TIME_WAIT does not count."""
+        if super().alive(flow, gen) or flow in self.taking:
+            return True
+        owned = self.rules.get(flow)
+        if owned is None:
+            return False
+        if owned.ended:
+            del self.rules[flow]  # the caller removes it from the switch
+            return False
+        return True
+
+    def _gone(self, flow: bytes, gen: int, gone: Gone) -> None:
+        """The kernel has forgotten a connection, or keeps only its TIME_WAIT state."""
+        owned = self.rules.get(flow)
+        if owned is None or owned.ended:
+            return
+        owned.ended = True
+        if gone.time_wait:
+            asyncio.get_running_loop().call_later(TIME_WAIT, self._withdraw, flow, owned)
+        else:
+            self._withdraw(flow, owned)
+
+    def _withdraw(self, flow: bytes, owned: Owned) -> None:
+        """Remove a rule whose connection is gone; again until the switch answers."""
+        if self.rules.get(flow) is not owned:
+            return
+
+        def answered(reply: Message | None) -> None:
+            if reply is not None:
+                if self.rules.get(flow) is owned:
+                    del self.rules[flow]
+                if reply.status not in (Status.OK, Status.NOENT):
+                    self.metrics.control_errors.add("delete", Status(reply.status).name)
+            elif not self.stopping:
+                asyncio.get_running_loop().call_later(DELETE_PAUSE, self._withdraw, flow, owned)
+
+        self.switch.submit(Op.DELETE, flow, answered, gen=owned.gen)
+
+    async def restore_rules(self) -> None:
+        """Add the rules of all connections again, after the switch has lost its table."""
+        for flow, owned in list(self.rules.items()):
+            if owned.ended:
+                del self.rules[flow]
+                continue
+            reply = await self.switch.request(
+                Op.ADD, flow, cookie=owned.gen & (1 << 63) - 1, endpoint=owned.local
+            )
+            if reply is not None and reply.status == Status.OK:
+                owned.gen = reply.gen
+                connection = self.connections.get(flow)
+                if connection is not None:
+                    connection.gen = reply.gen
+
+
+def run(config: Config) -> int:
+    """Run a backend with all its workers; returns the exit code.
+
+    Raises:
+        ConfigError: the configuration has no backend.
+    """
+    if config.backend is None:
+        raise ConfigError("the configuration has no [backend] section: add one")
+    backend = config.backend
+
+    async def main(worker: int, stop: asyncio.Event) -> None:
+        await run_node(Backend(config, worker), stop)
+
+    names = [backend.worker_name(worker) for worker in range(backend.workers)]
+    return serve(main, names, config.telemetry, patience=backend.drain_timeout + 5)

@@ -1,0 +1,145 @@
+"""The frontend: owns the service address, accepts connections, and hands them over.
+
+It answers nothing by itself but listings that span all backends and errors. What cannot be handed
+over, it relays.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from typing import Any
+
+from prism.apps.listing import Listing
+from prism.config import Config, FrontendConfig
+from prism.errors import ConfigError
+from prism.flow import Endpoint, Flow
+from prism.handoff.wire import Reason, Refused
+from prism.http.connection import Connection
+from prism.http.exchange import App
+from prism.http.head import RequestHead
+from prism.http.stream import PlainStream
+from prism.listener import Listener
+from prism.node import Node, Refusal
+from prism.placement import Node as Place
+from prism.process import serve
+
+__all__ = ["Frontend", "run"]
+
+log = logging.getLogger(__name__)
+
+
+class Frontend(Node):
+    """One worker process of a frontend."""
+
+    role = "frontend"
+    keeps_rules = False
+
+    def __init__(self, config: Config, worker: int = 0) -> None:
+        if config.frontend is None:
+            raise ConfigError("the configuration has no [frontend] section: add one")
+        if not config.listen:
+            raise ConfigError("nothing to listen on: set cluster.services or frontend.listen")
+        super().__init__(config, config.frontend, worker)
+        self.frontend: FrontendConfig = config.frontend
+        self.listing = Listing(self.peers.placement.nodes)
+        self._listeners: list[Listener] = []
+
+    async def start(self) -> None:
+        """Join the cluster, then listen.
+
+        Raises:
+            SwitchError: the switch does not answer.
+            OSError: an address cannot be bound.
+        """
+        await super().start()
+        for endpoint in self.config.listen:
+            self._listeners.append(Listener(endpoint, self.frontend.backlog, self._accepted))
+
+    def stop_listening(self) -> None:
+        """Accept no more connections; those in the queue are taken still. Idempotent."""
+        for listener in self._listeners:
+            listener.close()
+        self._listeners.clear()
+
+    async def drain(self) -> None:
+        """Accept no more, and let open requests end."""
+        self.stop_listening()
+        await super().drain()
+
+    async def close(self) -> None:
+        """Close everything at once."""
+        self.stop_listening()
+        await super().close()
+
+    def _accepted(self, sock: socket.socket, client: Endpoint, service: Endpoint) -> None:
+        self.metrics.accepted += 1
+        if len(self.connections) >= self.frontend.max_connections:
+            self.metrics.connections_refused += 1
+            sock.close()
+            return
+        flow = Flow(client, service)
+        key = flow.pack()
+        connection = Connection(PlainStream(sock, flow), flow, key, self, local=service)
+        self.connections[key] = connection
+        connection.start()
+
+    # -- requests --------------------------------------------------------------------------
+
+    def local_app(self, connection: Connection, head: RequestHead) -> App | None:
+        """Listings are made here; objects are the backends'."""
+        if head.key == b"*":
+            return Refusal(501, "OPTIONS is not supported for the server as a whole")
+        if not head.key and head.method in (b"GET", b"HEAD"):
+            return self.listing
+        return None
+
+    def why_not(self, connection: Connection, place: Place) -> str:
+        """As for every node, and never where the configuration says so."""
+        if self.frontend.handoff == "never":
+            return "configured"
+        return super().why_not(connection, place)
+
+    def serve_here(self, connection: Connection, why: str) -> None:
+        """Relay, unless the configuration forbids it."""
+        if self.frontend.relay:
+            super().serve_here(connection, why)
+        else:
+            self.metrics.relays.add(why)
+            connection.serve(Refusal(503, "the connection cannot be handed over now"))
+
+    def on_offer(self, offer: Any, reply: Any) -> None:
+        """Frontends take no connections over."""
+        reply(Refused(Reason.OTHER, f"{self.name} is a frontend"))
+
+    async def restore_rules(self) -> None:
+        """A frontend's own connections have no rules."""
+
+
+async def run_node(node: Node, stop: asyncio.Event) -> None:
+    """Serve until told to stop, then let open requests end."""
+    try:
+        await node.start()
+        await node.publish()
+        await stop.wait()
+        await node.drain()
+    finally:
+        await node.close()
+
+
+def run(config: Config) -> int:
+    """Run a frontend with all its workers; returns the exit code.
+
+    Raises:
+        ConfigError: the configuration has no frontend.
+    """
+    if config.frontend is None:
+        raise ConfigError("the configuration has no [frontend] section: add one")
+    frontend = config.frontend
+
+    async def main(worker: int, stop: asyncio.Event) -> None:
+        await run_node(Frontend(config, worker), stop)
+
+    names = [frontend.worker_name(worker) for worker in range(frontend.workers)]
+    return serve(main, names, config.telemetry, patience=frontend.drain_timeout + 5)

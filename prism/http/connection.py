@@ -1,0 +1,339 @@
+"""One client's connection on the node that owns it: peek at a head, decide, serve, repeat.
+
+The connection never reads a request before it is decided who answers it: it *peeks*, so that a
+connection that moves takes its whole receive queue along, and the new owner has the request to
+read as if it had been sent there (`docs/protocol.md`). Only :meth:`Connection.serve` consumes.
+
+    IDLE --head complete--> DECIDING --serve()--> SERVING --response done--> IDLE
+                               |
+                               +------detach()--> MOVED (the handoff owns the socket now;
+                                                  attach() brings it back to DECIDING)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+from collections.abc import Coroutine
+from time import monotonic, monotonic_ns
+from typing import Any, Protocol
+
+from prism.flow import Endpoint, Flow
+from prism.http.body import ClientGone
+from prism.http.exchange import App, Exchange, Rest, error_response
+from prism.http.head import HttpError, Limits, RequestHead, parse_head
+from prism.http.stream import Stream, linger_close
+from prism.placement import Node
+
+__all__ = ["Connection", "Dispatcher", "State"]
+
+log = logging.getLogger(__name__)
+
+INLINE_REQUESTS = 16  # pipelined requests answered in one go before other connections get a turn
+LINGER_OCTETS = 16 << 20  # read and thrown away after an error response, so that it arrives
+LINGER_SECONDS = 5.0
+
+
+class Dispatcher(Protocol):
+    """Decides what happens to each request, and hears when a connection has ended."""
+
+    limits: Limits
+    body_timeout: float
+    server: bytes
+
+    def dispatch(self, connection: Connection, head: RequestHead) -> None:
+        """Call ``connection.serve(app)``, or ``connection.detach()`` and hand it over."""
+
+    def bad_request(self, connection: Connection, error: HttpError) -> None:
+        """A head was refused; the connection answers it by itself and closes."""
+
+    def answered(self, connection: Connection, exchange: Exchange) -> None:
+        """A response is out."""
+
+    def closed(self, connection: Connection) -> None:
+        """The connection's socket is closed, or is another node's now; forget it."""
+
+
+class State(enum.Enum):
+    """What the connection is doing."""
+
+    IDLE = "idle"
+    DECIDING = "deciding"
+    SERVING = "serving"
+    MOVED = "moved"
+    CLOSED = "closed"
+
+
+class Connection:
+    """A client's connection, from accept or takeover until it is closed or handed over.
+
+    Attributes:
+        flow: the connection as the client sees it.
+        key: the flow, packed: the switch's and the nodes' key.
+        local: the socket's own address and port.
+        place: the node the current request belongs to, where that is another one.
+        gen: generation of its rule; 0 while there is none.
+        hops: owners the current request has passed without being answered.
+        asked_ns: CLOCK_MONOTONIC when the current request's head was complete, nanoseconds.
+    """
+
+    __slots__ = (
+        "_active_at",
+        "_reading",
+        "_task",
+        "_turns",
+        "asked_ns",
+        "dispatcher",
+        "flow",
+        "gen",
+        "head",
+        "hops",
+        "key",
+        "local",
+        "place",
+        "relayed_in",
+        "requests",
+        "state",
+        "stream",
+    )
+
+    def __init__(
+        self,
+        stream: Stream,
+        flow: Flow,
+        key: bytes,
+        dispatcher: Dispatcher,
+        *,
+        local: Endpoint,
+        gen: int = 0,
+        hops: int = 0,
+        relayed_in: bool = False,
+    ) -> None:
+        self.stream = stream
+        self.flow = flow
+        self.key = key
+        self.dispatcher = dispatcher
+        self.local = local
+        self.place: Node | None = None
+        self.gen = gen
+        self.hops = hops
+        self.relayed_in = relayed_in
+        self.state = State.IDLE
+        self.head: RequestHead | None = None
+        self.requests = 0
+        self.asked_ns = 0
+        self._task: asyncio.Task[None] | None = None
+        self._turns = 0
+        self._reading = False
+        self._active_at = monotonic()
+
+    def start(self) -> None:
+        """Look for a request now, and wait for one if there is none."""
+        self._reading = True
+        self.stream.on_readable(self._on_readable)
+        self._on_readable()
+
+    def _stop_reading(self) -> None:
+        self._reading = False
+        self.stream.off_readable()
+
+    # -- waiting for a head ---------------------------------------------------------------
+
+    def _on_readable(self) -> None:
+        self._turns = 0
+        self._next_request()
+
+    def _next_request(self) -> None:
+        """Peek, parse, dispatch; again while requests are there and answered at once."""
+        while self.state is State.IDLE:
+            try:
+                data = self.stream.peek()
+            except BlockingIOError:
+                return
+            except OSError:
+                self.close()
+                return
+            if not data:
+                self.close()
+                return
+            try:
+                head = parse_head(data, self.dispatcher.limits)
+            except HttpError as error:
+                self._refuse(error)
+                return
+            if head is None:
+                if self.stream.eof:
+                    self.close()
+                    return
+                if self.head is None and self.asked_ns == 0:
+                    self.asked_ns = monotonic_ns()  # the head timeout runs from the first octet
+                    self._active_at = monotonic()
+                self.stream.await_more(len(data))
+                return
+            self._turns += 1
+            if self._turns > INLINE_REQUESTS:
+                self._turns = 0
+                self._stop_reading()
+                asyncio.get_running_loop().call_soon(self._resume_reading)
+                return
+            self._decide(head)
+
+    def _resume_reading(self) -> None:
+        if self.state is State.IDLE:
+            self.start()
+
+    def _decide(self, head: RequestHead) -> None:
+        self.stream.reset_lowat()
+        self.asked_ns = monotonic_ns()
+        self._active_at = monotonic()
+        self.head = head
+        self.state = State.DECIDING
+        self.dispatcher.dispatch(self, head)
+
+    def _refuse(self, error: HttpError) -> None:
+        """Answer a head that is no head, and close without the answer being lost."""
+        self.state = State.SERVING
+        self.dispatcher.bad_request(self, error)
+        self._stop_reading()
+        self._run(self._say_and_linger(error))
+
+    async def _say_and_linger(self, error: HttpError) -> None:
+        self.stream.reset_lowat()
+        await error_response(self.stream, error)
+        await linger_close(self.stream, LINGER_SECONDS, LINGER_OCTETS)
+        self._gone()
+
+    # -- what a dispatcher calls -----------------------------------------------------------
+
+    def serve(self, app: App) -> None:
+        """Read the request and have ``app`` answer it, here."""
+        head = self.head
+        if head is None or self.state is not State.DECIDING:
+            raise RuntimeError(f"no request to serve: the connection is {self.state.value}")
+        self.state = State.SERVING
+        self.requests += 1
+        self.hops = 0
+        exchange = Exchange(
+            head,
+            self.stream,
+            self.flow.client,
+            self.dispatcher.server,
+            self.dispatcher.body_timeout,
+        )
+        try:
+            self.stream.consume(head.length)
+            rest = app.handle(exchange)
+        except HttpError as error:
+            rest = self._failed(exchange, error)
+        except (OSError, ClientGone, ValueError) as error:
+            log.debug("%s: %s", self.flow, error)
+            self.close(abort=True)
+            return
+        if rest is None and exchange.settled and exchange.keep_alive:
+            self._answered(exchange)
+            if not self._reading:  # it was off while a handoff was tried
+                asyncio.get_running_loop().call_soon(self._resume_reading)
+        else:
+            self._stop_reading()
+            self._run(self._finish(exchange, rest))
+
+    def _failed(self, exchange: Exchange, error: HttpError) -> Rest:
+        if exchange.started:
+            self.close(abort=True)
+            return None
+        return exchange.fail(error)
+
+    def detach(self) -> Stream:
+        """Stop watching the socket: a handoff owns it now."""
+        self._stop_reading()
+        self.state = State.MOVED
+        return self.stream
+
+    def attach(self) -> None:
+        """The handoff failed and the socket is alive again: the request is still to be served."""
+        self.state = State.DECIDING
+
+    def moved(self) -> None:
+        """The handoff succeeded and its socket is closed: nothing is left here."""
+        self._gone()
+
+    # -- the response ----------------------------------------------------------------------
+
+    def _run(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        self._task = asyncio.get_running_loop().create_task(coroutine)
+        self._task.add_done_callback(self._task_done)
+
+    async def _finish(self, exchange: Exchange, rest: Rest) -> None:
+        try:
+            if rest is not None:
+                await rest
+        except HttpError as error:
+            if exchange.started:
+                raise
+            failure = exchange.fail(error)
+            if failure is not None:
+                await failure
+        if not exchange.settled:
+            await exchange.finish()
+        if not exchange.keep_alive:
+            if exchange.body.complete:
+                self.close()
+            else:
+                await linger_close(self.stream, LINGER_SECONDS, LINGER_OCTETS)
+                self._gone()
+            return
+        self._answered(exchange)
+        self._task = None
+        self.start()
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        if self._task is task:
+            self._task = None
+        if task.cancelled():
+            self.close(abort=True)
+        elif (error := task.exception()) is not None:
+            if isinstance(error, OSError | ClientGone | HttpError):
+                log.debug("%s: %s", self.flow, error)
+            else:
+                log.error("a request of %s failed", self.flow.client, exc_info=error)
+            self.close(abort=True)
+
+    def _answered(self, exchange: Exchange) -> None:
+        """The response is out, and the connection waits for its next request."""
+        self.dispatcher.answered(self, exchange)
+        self.state = State.IDLE
+        self.head = None
+        self.asked_ns = 0
+        self._active_at = monotonic()
+
+    def close(self, *, abort: bool = False) -> None:
+        """Close the socket: with a FIN, or with a reset where the response is cut short."""
+        if self.state is State.CLOSED:
+            return
+        task, self._task = self._task, None
+        if task is not None and task is not asyncio.current_task():
+            task.cancel()
+        if abort:
+            self.stream.abort()
+        else:
+            self.stream.close()
+        self._gone()
+
+    def _gone(self) -> None:
+        if self.state is not State.CLOSED:
+            self.state = State.CLOSED
+            self.dispatcher.closed(self)
+
+    def overdue(self, now: float, *, idle: float, head: float) -> bool:
+        """Whether it waits for a request for too long; times in seconds, ``now`` monotonic."""
+        if self.state is not State.IDLE:
+            return False
+        return now - self._active_at > (head if self.asked_ns else idle)
+
+    def expire(self) -> None:
+        """Close a connection that is :meth:`overdue`: 408 where a head has begun."""
+        if self.asked_ns:
+            self._refuse(HttpError(408, "the request head did not come in time"))
+        else:
+            self.close()

@@ -1,0 +1,290 @@
+"""What frontends and backends have in common: connections, handoffs in both directions, a lease.
+
+A node owns connections. For each request it asks :meth:`Node.home` where the request belongs: it
+serves it here, hands the connection over, or, when that is not possible, relays the request.
+Frontends add listening sockets, backends an application and connections that are taken over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from typing import Any
+
+from prism._version import __version__
+from prism.apps.relay import Relay
+from prism.config import BackendConfig, Config, FrontendConfig
+from prism.flow import Endpoint
+from prism.handoff.channel import Channel
+from prism.handoff.machine import Event, SourceState
+from prism.handoff.outgoing import Outgoing
+from prism.http.connection import Connection, State
+from prism.http.exchange import App, Exchange
+from prism.http.head import HttpError, Limits, RequestHead
+from prism.peers import Peers
+from prism.placement import Node as Place
+from prism.placement import NoNode
+from prism.reconcile import Reconciler
+from prism.switch.client import SwitchClient
+from prism.telemetry.logging import event, tracing
+from prism.telemetry.metrics import Metrics
+from prism.telemetry.status import StatusServer
+
+__all__ = ["Node", "Refusal"]
+
+log = logging.getLogger(__name__)
+
+MAX_HOPS = 4  # owners a connection may pass for one request; then it is relayed
+SWEEP = 1.0  # seconds between two looks for connections that wait too long
+
+
+class Refusal:
+    """An application that answers every request with the same error."""
+
+    def __init__(self, status: int, detail: str, *, close: bool = False) -> None:
+        self._error = HttpError(status, detail)
+        self._close = close
+
+    def handle(self, exchange: Exchange) -> Any:
+        """Answer with the error."""
+        if self._close:
+            exchange.keep_alive = False
+        return exchange.fail(self._error)
+
+
+class Node:
+    """One worker process of a frontend or a backend.
+
+    Attributes:
+        connections: by packed flow, those whose socket is this process's.
+        moving: handoffs under way, by packed flow.
+    """
+
+    role = "node"
+    keeps_rules = False
+
+    def __init__(
+        self, config: Config, serving: FrontendConfig | BackendConfig, worker: int
+    ) -> None:
+        self.config = config
+        self.serving = serving
+        self.worker = worker
+        self.name = serving.worker_name(worker)
+        self.limits = Limits(serving.max_head_size, serving.max_header_fields)
+        self.body_timeout = serving.body_timeout
+        self.deadline = serving.handoff_deadline_ms / 1000
+        self.trace = tracing()
+        software = f"prism/{__version__}"
+        # The traced node's name in its answers: which node served is then visible to the client.
+        self.server = f"{software} ({self.name})".encode() if self.trace else software.encode()
+        self.metrics = Metrics()
+        self.connections: dict[bytes, Connection] = {}
+        self.moving: dict[bytes, Outgoing] = {}
+        cluster = config.cluster
+        self.switch = SwitchClient(
+            self.name,
+            cluster.control,
+            cluster.control_key(),
+            Endpoint(serving.address, 0),
+            lease=cluster.lease,
+        )
+        self.channel = Channel(self.name, cluster.channel_key(), self.on_offer)
+        self.peers = Peers(config, self.channel, serving.name)
+        self.reconciler = Reconciler(self)
+        self.relay = Relay(connect_timeout=getattr(serving, "connect_timeout", 3.0))
+        self.stopping = False
+        self._status = StatusServer(self.status, self.metrics)
+        self._sweeper: asyncio.Task[None] | None = None
+
+    # -- life ------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Join the cluster: lease, channel, links, status.
+
+        Raises:
+            SwitchError: the switch does not answer.
+            OSError: an address cannot be bound.
+        """
+        self.switch.on_query = self.alive
+        self.switch.on_incarnation = self.reconciler.table_lost
+        await self.switch.start()
+        await self.channel.listen(self.serving.handoff_endpoint(self.worker))
+        self.peers.connect()
+        self.reconciler.start()
+        self._sweeper = asyncio.get_running_loop().create_task(self._sweep())
+
+    async def publish(self) -> None:
+        """Answer on the status socket: the sign that the node is ready."""
+        telemetry = self.config.telemetry
+        await self._status.start(
+            telemetry.status_path(self.worker), telemetry.metrics_endpoint(self.worker)
+        )
+        log.info("%s %s is ready", self.role, self.name)
+
+    async def drain(self) -> None:
+        """Let open requests end, ``drain_timeout`` seconds at most; idle connections close."""
+        self.stopping = True
+        deadline = time.monotonic() + self.serving.drain_timeout
+        while time.monotonic() < deadline:
+            for connection in list(self.connections.values()):
+                if connection.state is State.IDLE:
+                    connection.close()
+            if not self.connections and not self.moving:
+                return
+            await asyncio.sleep(0.02)
+        log.warning("%d connections are cut off by the stop", len(self.connections))
+
+    async def close(self) -> None:
+        """Close everything at once; the lease ends."""
+        self.stopping = True
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        for connection in list(self.connections.values()):
+            connection.close(abort=connection.state is not State.IDLE)
+        await self.reconciler.close()
+        await self.relay.close()
+        await self.channel.close()
+        await self.switch.close()
+        await self._status.close()
+
+    async def _sweep(self) -> None:
+        idle, head = self.serving.keepalive_timeout, self.serving.head_timeout
+        while True:
+            await asyncio.sleep(SWEEP)
+            now = time.monotonic()
+            overdue = [c for c in self.connections.values() if c.overdue(now, idle=idle, head=head)]
+            for connection in overdue:
+                self.metrics.heads_timed_out += bool(connection.asked_ns)
+                connection.expire()
+
+    def status(self) -> dict[str, Any]:
+        """The status document."""
+        self.metrics.connections = len(self.connections)
+        self.metrics.handoffs_pending = len(self.moving)
+        return {
+            "name": self.name,
+            "role": self.role,
+            "version": __version__,
+            "counters": self.metrics.snapshot(),
+            "channel": self.channel.counters.as_dict(),
+            "peers": self.peers.status(),
+            "switch_reachable": self.switch.reachable,
+        }
+
+    # -- requests --------------------------------------------------------------------------
+
+    def dispatch(self, connection: Connection, head: RequestHead) -> None:
+        """Serve a request here, hand the connection over, or relay the request."""
+        app = self.local_app(connection, head)
+        if app is not None:
+            connection.serve(app)
+            return
+        try:
+            place = self.peers.placement.choose(head.key.decode("utf-8", "surrogateescape"))
+        except NoNode as error:
+            connection.serve(Refusal(503, str(error)))
+            return
+        connection.place = place
+        name, link = self.peers.link(place, connection.key)
+        why = "link-down" if link is None else self.why_not(connection, place)
+        if why or link is None:
+            self.serve_here(connection, why)
+            return
+        handoff = Outgoing(self, connection, link, name, secrets.randbits(63))
+        self.moving[connection.key] = handoff
+        handoff.start()
+
+    def local_app(self, connection: Connection, head: RequestHead) -> App | None:
+        """What answers this request on this node; ``None``: it belongs to another node."""
+        raise NotImplementedError
+
+    def why_not(self, connection: Connection, place: Place) -> str:
+        """Why the connection should rather not be handed over to ``place``; empty: it should."""
+        if connection.hops >= MAX_HOPS:
+            return "too-many-hops"
+        if not self.switch.reachable:
+            return "switch-unreachable"
+        if connection.key in self.moving:
+            return "handoff-pending"
+        if not place.serves(connection.flow.service.host):
+            return "address-family"
+        return ""
+
+    def serve_here(self, connection: Connection, why: str) -> None:
+        """Relay a request whose connection stays here."""
+        place = connection.place
+        if place is None:
+            raise RuntimeError("a request was kept before it was placed")
+        self.metrics.relays.add(why)
+        connection.serve(self.relay.to(place.relay_endpoint))
+
+    def bad_request(self, connection: Connection, error: HttpError) -> None:
+        """Count a request that is none."""
+        self.metrics.bad_requests.add(error.status)
+
+    def answered(self, connection: Connection, exchange: Exchange) -> None:
+        """Count a response."""
+        self.metrics.requests.add(exchange.head.method.decode("ascii"), exchange.status)
+        self.metrics.bytes_out += exchange.sent
+
+    def closed(self, connection: Connection) -> None:
+        """Forget a connection."""
+        if self.connections.get(connection.key) is connection:
+            del self.connections[connection.key]
+
+    def alive(self, flow: bytes, gen: int) -> bool:
+        """Whether this node has the connection of a flow (the agent asks)."""
+        return flow in self.connections or flow in self.moving
+
+    # -- handoffs out ----------------------------------------------------------------------
+
+    def handed_over(self, handoff: Outgoing) -> None:
+        """Another node has the connection."""
+        self.metrics.handoffs_out += 1
+
+    def taken_back(self, handoff: Outgoing) -> None:
+        """A handoff went unanswered, and was taken back."""
+        self.metrics.take_backs += 1
+        self.peers.pause(handoff.target)
+
+    def reconcile(self, flow: bytes) -> None:
+        """Look after a rule whose state is unknown."""
+        self.reconciler.check(flow)
+
+    def finished(self, handoff: Outgoing) -> None:
+        """A handoff has ended, one way or the other."""
+        connection = handoff.connection
+        self.moving.pop(connection.key, None)
+        machine = handoff.machine
+        if machine.state is SourceState.KEPT_WITH_RULE:
+            self.rule_changed(connection, handoff.gen)
+        elif machine.state is SourceState.KEPT:
+            self.rule_changed(connection, 0)
+        if machine.why in (Event.LINK_LOST, Event.TIMED_OUT):
+            self.peers.pause(handoff.target)
+        if self.trace:
+            event(
+                "handoff-out",
+                flow=connection.flow,
+                gen=handoff.gen,
+                target=handoff.target,
+                outcome=machine.state.name.lower(),
+                why=handoff.why if machine.why is not None else None,
+                steps=handoff.steps,
+            )
+
+    async def restore_rules(self) -> None:
+        """Add this node's rules again, after the switch has lost its table."""
+        raise NotImplementedError
+
+    def rule_changed(self, connection: Connection, gen: int) -> None:
+        """The connection stayed; its rule has this generation now (0: it has none)."""
+        connection.gen = gen
+
+    # -- handoffs in -----------------------------------------------------------------------
+
+    def on_offer(self, offer: Any, reply: Any) -> None:
+        """Another node offers a connection."""
+        raise NotImplementedError

@@ -1,0 +1,56 @@
+"""The other nodes, as one node sees them: the links to them, and who is better left alone now."""
+
+from __future__ import annotations
+
+from time import monotonic
+
+from prism.config import Config
+from prism.handoff.channel import Channel
+from prism.handoff.link import Link
+from prism.placement import Node, Placement, placement_from
+
+__all__ = ["Peers"]
+
+PAUSE = 1.0  # seconds for which a worker that did not answer gets no further offers
+
+
+class Peers:
+    """Links to every worker of every backend but this process's own node."""
+
+    def __init__(self, config: Config, channel: Channel, own_node: str) -> None:
+        self.placement: Placement = placement_from(config)
+        self.own_node = own_node
+        self._channel = channel
+        self._links: dict[str, Link] = {}
+        self._paused: dict[str, float] = {}
+
+    def connect(self) -> None:
+        """Begin to keep the links up."""
+        for node in self.placement.nodes:
+            if node.name == self.own_node:
+                continue
+            for name, endpoint in zip(node.worker_names, node.handoff_endpoints, strict=True):
+                self._links[name] = self._channel.link(name, endpoint)
+
+    def link(self, node: Node, flow: bytes) -> tuple[str, Link | None]:
+        """The worker of ``node`` for this flow, and the link to it if it can be used now."""
+        name = node.worker_names[node.worker_for(flow)]
+        link = self._links.get(name)
+        if link is None or not link.connected:
+            return name, None
+        if self._paused and (until := self._paused.get(name)) is not None:
+            if monotonic() < until:
+                return name, None
+            del self._paused[name]
+        return name, link
+
+    def pause(self, name: str) -> None:
+        """A worker did not answer: make no offers to it for a second."""
+        self._paused[name] = monotonic() + PAUSE
+
+    def status(self) -> dict[str, bool]:
+        """Which workers can be offered connections now."""
+        return {
+            name: link.connected and monotonic() >= self._paused.get(name, 0.0)
+            for name, link in self._links.items()
+        }
