@@ -85,8 +85,11 @@ class SwitchObject:
     def stats(self) -> list[int]:
         """The counters, summed over the CPUs, in the order of ``enum prism_stat``."""
 
-    def run(self, program_fd: int, data: bytes) -> tuple[int, bytes]:
-        """Run a program on one packet (BPF_PROG_TEST_RUN): its verdict, and the packet then."""
+    def run(self, program_fd: int, data: bytes, flags: int = 0) -> tuple[int, bytes]:
+        """Run a program on one packet: its verdict, and the packet then.
+
+        ``flags`` are those of BPF_PROG_TEST_RUN (linux/bpf.h).
+        """
 
     @property
     def events_fd(self) -> int:

@@ -51,7 +51,8 @@ cdef extern from "bpf_loader.h" nogil:
     int prism_bpf_program(const prism_bpf *bpf, const char *name)
     int prism_bpf_map(const prism_bpf *bpf, const char *name, prism_map_shape *shape)
     int prism_bpf_stats(const prism_bpf *bpf, uint64_t *sums, uint32_t count)
-    int prism_bpf_run(int program, uint8_t *data, uint32_t *size, uint32_t *verdict)
+    int prism_bpf_run(int program, uint32_t flags, uint8_t *data, uint32_t *size,
+                      uint32_t *verdict)
     int prism_bpf_events_fd(const prism_bpf *bpf)
     int prism_bpf_events(prism_bpf *bpf, uint8_t *buffer, uint32_t event_size)
 
@@ -254,7 +255,7 @@ cdef class SwitchObject:
             raise failed(code, "cannot read the counters")
         return [sums[i] for i in range(PRISM_STAT_COUNT)]
 
-    def run(self, int program_fd, bytes data not None):
+    def run(self, int program_fd, bytes data not None, uint32_t flags=0):
         cdef uint8_t buffer[RUN_LIMIT]
         cdef uint32_t size = PyBytes_GET_SIZE(data), verdict = 0
         cdef int code
@@ -263,7 +264,7 @@ cdef class SwitchObject:
             raise ValueError(f"at most {RUN_LIMIT} octets")
         memcpy(buffer, PyBytes_AS_STRING(data), size)
         with nogil:
-            code = prism_bpf_run(program_fd, buffer, &size, &verdict)
+            code = prism_bpf_run(program_fd, flags, buffer, &size, &verdict)
         if code:
             raise failed(code, "cannot run the program")
         return <int>verdict, PyBytes_FromStringAndSize(<char *>buffer, size)

@@ -24,7 +24,7 @@ from prism.errors import SwitchError
 from prism.flow import Endpoint, pack_address
 from prism.switch import attach as _attach
 from prism.switch.base import Event, Node, Rule
-from prism.switch.control import KEY_SIZE, Op, Status, packed_address
+from prism.switch.control import KEY_SIZE, NO_FLOW, Op, Status, packed_address
 from prism.switch.records import (
     COUNTERS,
     RuleCounters,
@@ -322,6 +322,7 @@ class EbpfSwitch:
         op: Op,
         flow: bytes,
         *,
+        node: int = 0,
         gen: int = 0,
         owner: int = 0,
         endpoint: Endpoint | None = None,
@@ -334,7 +335,7 @@ class EbpfSwitch:
         port = endpoint.port if endpoint else 0
         flags = _LOCKED if locked else 0
         request = _FRAME + _MESSAGE.pack(
-            _MAGIC, 1, op, 0, flags, 0, 0, flow, port, mac, 0, address, owner, gen, cookie, 0
+            _MAGIC, 1, op, 0, flags, node, 0, flow, port, mac, 0, address, owner, gen, cookie, 0
         )
         for _ in range(_BUSY_TRIES):  # the rule is just being deleted on another CPU
             verdict, reply = self._object.run(self._agent_program, request)
@@ -360,8 +361,18 @@ class EbpfSwitch:
             if cursor is None:
                 return found
 
+    def end_lease(self, node: int) -> bool:
+        """Take a node for dead: what it asks is ``DENIED`` until its next HELLO.
+
+        Its sequence numbers stay used, so nothing that it sent before can be played again.
+
+        Returns:
+            ``False`` if the lease is running (renewed meanwhile), or the node is not known.
+        """
+        return self._operate(Op.HELLO, NO_FLOW, node=node) == Status.OK
+
     def forget_node(self, node: int) -> bool:
-        """Forget a node: what it asks is ``DENIED`` until its next HELLO; whether it was known."""
+        """Forget a node and its used sequence numbers; whether it was known."""
         return self._nodes.remove(node.to_bytes(8, sys.byteorder))
 
     # ---- counters and events ----

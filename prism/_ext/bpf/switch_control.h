@@ -240,6 +240,28 @@ static __always_inline int handle_control(struct __sk_buff *skb, const struct pa
 	return bpf_redirect(skb->ifindex, 0);
 }
 
+/*
+ * The agent's HELLO in a node's name ends the node's lease, if that has run out by now: the
+ * node may have renewed it since the agent looked.
+ */
+static __always_inline int end_lease(struct scratch *scratch)
+{
+	__u64 id = bpf_be64_to_cpu(FIELD(&scratch->request, node));
+	struct prism_node *node = bpf_map_lookup_elem(&nodes, &id);
+	__u64 now = bpf_ktime_get_ns();
+	int status = PRISM_EXISTS;
+
+	if (!node)
+		return PRISM_NOENT;
+	bpf_spin_lock(&node->lock);
+	if (now - node->hello_ns >= node->lease_ms * 1000000ULL) {
+		node->lease_ms = 0;
+		status = PRISM_OK;
+	}
+	bpf_spin_unlock(&node->lock);
+	return status;
+}
+
 /* The agent's own requests, by BPF_PROG_TEST_RUN: unsigned, and with a right to every rule. */
 static __always_inline int handle_agent(struct __sk_buff *skb)
 {
@@ -254,7 +276,8 @@ static __always_inline int handle_agent(struct __sk_buff *skb)
 	by.gen = bpf_be64_to_cpu(FIELD(&scratch->request, gen));
 	by.locked = scratch->request.msg.flags & PRISM_FLAG_LOCKED;
 	begin_reply(scratch);
-	status = operate(scratch, &by);
+	status = scratch->request.msg.op == PRISM_OP_HELLO ? end_lease(scratch)
+							   : operate(scratch, &by);
 	if (status == NO_ANSWER)
 		return TC_ACT_SHOT;
 	end_reply(scratch, status);

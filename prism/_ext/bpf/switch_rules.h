@@ -57,19 +57,18 @@ static __always_inline void set_owner(struct prism_rule *rule, const struct pris
 }
 
 /* Tell the agent that packets it holds may go on. */
-static __always_inline void tell_agent(__u32 kind, __u32 held, const union message *reply)
+static __always_inline void tell_agent(__u32 kind, __u32 held, const void *flow, __u32 state,
+				       __u64 gen, __u64 owner)
 {
 	struct prism_event event = {
 		.kind = kind,
 		.held = held,
-		.state = kind == PRISM_EVENT_DELETED		? PRISM_DEAD
-			 : reply->msg.flags & PRISM_FLAG_LOCKED ? PRISM_LOCKED
-								: PRISM_FORWARD,
-		.gen = bpf_be64_to_cpu(FIELD(reply, gen)),
-		.owner = bpf_be64_to_cpu(FIELD(reply, owner)),
+		.state = state,
+		.gen = gen,
+		.owner = owner,
 	};
 
-	copy_words(&event.flow, &reply->msg.flow, FLOW_WORDS);
+	copy_words(&event.flow, flow, FLOW_WORDS);
 	if (bpf_ringbuf_output(&events, &event, sizeof(event), 0))
 		count(PRISM_STAT_EVENTS_LOST);
 }
@@ -314,7 +313,8 @@ static __always_inline int rule_unlock(struct scratch *scratch, const struct req
 		describe(&scratch->reply, rule);
 	bpf_spin_unlock(&rule->lock);
 	if (held)
-		tell_agent(PRISM_EVENT_UNLOCKED, held, &scratch->reply);
+		tell_agent(PRISM_EVENT_UNLOCKED, held, &scratch->request.msg.flow, PRISM_FORWARD,
+			   by->gen, bpf_be64_to_cpu(FIELD(&scratch->reply, owner)));
 	return status;
 }
 
@@ -331,10 +331,11 @@ static __always_inline int rule_delete(struct scratch *scratch, const struct req
 	bpf_spin_lock(&rule->lock);
 	status = may_change(rule, by, &msg->flow);
 	if (status != PRISM_NOENT)
-		describe(&scratch->reply, rule);
+		describe(&scratch->reply, rule); /* or as it was, when it is deleted now */
 	if (status == PROCEED) {
 		rule->state = PRISM_DEAD;
 		held = rule->held;
+		was->owner = rule->owner;
 		was->owner_port = rule->owner_port;
 		copy_words(was->owner_addr, rule->owner_addr, 4);
 		status = PRISM_OK;
@@ -347,7 +348,7 @@ static __always_inline int rule_delete(struct scratch *scratch, const struct req
 	bpf_map_delete_elem(&rules, &msg->flow);
 	count(PRISM_STAT_DELETED);
 	if (held)
-		tell_agent(PRISM_EVENT_DELETED, held, &scratch->reply);
+		tell_agent(PRISM_EVENT_DELETED, held, &msg->flow, PRISM_DEAD, by->gen, was->owner);
 	return PRISM_OK;
 }
 
@@ -452,7 +453,8 @@ static __always_inline int rule_chown(struct scratch *scratch, const struct requ
 	if (was->owner != by->owner)
 		count(PRISM_STAT_HANDOFFS);
 	if (held)
-		tell_agent(PRISM_EVENT_CHOWNED, held, &scratch->reply);
+		tell_agent(PRISM_EVENT_CHOWNED, held, &msg->flow, PRISM_FORWARD, by->gen + 1,
+			   by->owner);
 	return PRISM_OK;
 }
 

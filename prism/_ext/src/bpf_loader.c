@@ -328,10 +328,10 @@ int prism_bpf_stats(const struct prism_bpf *bpf, uint64_t *sums, uint32_t count)
 	return error;
 }
 
-int prism_bpf_run(int program, uint8_t *data, uint32_t *size, uint32_t *verdict)
+int prism_bpf_run(int program, uint32_t flags, uint8_t *data, uint32_t *size, uint32_t *verdict)
 {
 	LIBBPF_OPTS(bpf_test_run_opts, options, .data_in = data, .data_size_in = *size,
-		    .data_out = data, .data_size_out = *size, .repeat = 1);
+		    .data_out = data, .data_size_out = *size, .repeat = 1, .flags = flags);
 	int error = bpf_prog_test_run_opts(program, &options);
 
 	*size = options.data_size_out;

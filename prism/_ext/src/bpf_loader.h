@@ -45,7 +45,7 @@ int prism_bpf_map(const struct prism_bpf *bpf, const char *name, struct prism_ma
 int prism_bpf_stats(const struct prism_bpf *bpf, uint64_t *sums, uint32_t count);
 
 /* Run a program once on `data` (at least 14 octets), which is replaced by what it left. */
-int prism_bpf_run(int program, uint8_t *data, uint32_t *size, uint32_t *verdict);
+int prism_bpf_run(int program, uint32_t flags, uint8_t *data, uint32_t *size, uint32_t *verdict);
 
 /* Descriptor that polls readable when there are events, or a negative errno. */
 int prism_bpf_events_fd(const struct prism_bpf *bpf);
