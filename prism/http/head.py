@@ -22,6 +22,8 @@ import re
 from typing import Final, NamedTuple
 from urllib.parse import unquote_to_bytes
 
+from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
+
 from prism.errors import PrismError
 
 __all__ = ["METHODS", "HttpError", "Limits", "RequestHead", "normalise_path", "parse_head"]
@@ -189,25 +191,56 @@ def _build(data: bytes, line: re.Match[bytes], end: int, limits: Limits) -> Requ
     head.version = 11 if minor == b"1" else 10
     head.target = target
     head.length = end + 2
-    position = line.end()
-    _check_count(data, position, end, limits)
-    special: dict[bytes, list[bytes]] = {}
-    fields = []
-    for name, value in _FIELD.findall(data, position, end):
-        position += len(name) + len(value) + 3
-        name = name.lower()  # noqa: PLW2901
-        value = value.strip(b" \t")  # noqa: PLW2901
-        fields.append((name, value))
-        if name in _SPECIAL:
-            special.setdefault(name, []).append(value)
-    if position != end:
-        raise _explain_fields(data[line.end() : end])
-    head.headers = tuple(fields)
+    _check_count(data, line.end(), end, limits)
+    fields = _Fields()
+    try:
+        HttpRequestParser(fields).feed_data(data[line.start() : head.length])
+    except HttpParserUpgrade:
+        pass  # that is decided later, and elsewhere
+    except HttpParserError as error:
+        _explain_framing(head, fields.special, data[line.end() : end])
+        raise HttpError(400, f"the request head is malformed: {error}") from None
+    head.headers = tuple(fields.all)
+    special = fields.special
     _set_host(head, special.get(b"host"))
     _set_framing(head, special)
     _set_connection(head, special)
     _set_target(head)
     return head
+
+
+class _Fields:
+    """Collects the header fields that ``httptools`` finds."""
+
+    __slots__ = ("all", "special")
+
+    def __init__(self) -> None:
+        self.all: list[tuple[bytes, bytes]] = []
+        self.special: dict[bytes, list[bytes]] = {}
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        name = name.lower()
+        value = value.strip(b" \t")
+        self.all.append((name, value))
+        if name in _SPECIAL:
+            self.special.setdefault(name, []).append(value)
+
+
+def _explain_framing(head: RequestHead, special: dict[bytes, list[bytes]], block: bytes) -> None:
+    """Says better than the parser can what is wrong with fields it has refused.
+
+    Raises:
+        HttpError: 400, or 501 for a transfer coding that is not understood.
+    """
+    size = sum(len(name) + len(value) + 3 for name, value in _FIELD.findall(b"\n" + block))
+    if size != len(block):
+        raise _explain_fields(block)
+    # The lines are well-formed, so it is the framing. The parser stops at the field it refuses.
+    for key in (b"content-length", b"transfer-encoding"):
+        values = [v.strip(b" \t") for n, v in _FIELD.findall(b"\n" + block) if n.lower() == key]
+        if values:
+            special[key] = values
+    _set_framing(head, special)
 
 
 def _check_request_line(
