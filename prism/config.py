@@ -298,7 +298,9 @@ class SwitchConfig(_Section):
     """The switch: its data plane and the agent beside it."""
 
     kind: Literal["ebpf", "userspace"] = Field(
-        "ebpf", description="Data plane: the kernel's, or a slow one in a process, for tests."
+        "ebpf",
+        description="`ebpf`: in the kernel. `userspace`: the rule table alone, without a data "
+        "plane, for trying nodes out.",
     )
     interfaces: tuple[Annotated[str, Field(min_length=1, max_length=15)], ...] = Field(
         (), max_length=256, description="Network devices whose packets it sees."
@@ -310,11 +312,11 @@ class SwitchConfig(_Section):
     lock: Literal["hold", "drop"] = Field(
         "hold", description="What becomes of a client's packets while a connection changes hands."
     )
-    hold_flow_packets: int = Field(
-        64, ge=1, le=65536, description="Packets held of one flow; more are dropped and counted."
+    hold_flow_bytes: int = Field(
+        262_144, ge=2048, le=2**30, description="Octets held of one flow; more is dropped, counted."
     )
     hold_total_bytes: int = Field(
-        16 * 1024**2, ge=65536, le=2**32, description="Octets held of all flows together."
+        64 * 1024**2, ge=65536, le=2**32, description="Octets held of all flows together."
     )
     hold_time: Seconds = Field(1.0, description="Seconds a packet is held at most.")
     max_rules: int = Field(

@@ -44,7 +44,7 @@ def lab() -> None:
     "kind",
     default="ebpf",
     show_default=True,
-    type=click.Choice(["ebpf", "userspace", "p4runtime"]),
+    type=click.Choice(["ebpf", "p4runtime"]),
 )
 @click.option("--lock", default="hold", show_default=True, type=click.Choice(["hold", "drop"]))
 @click.option(
@@ -100,8 +100,13 @@ def up(  # noqa: PLR0917
 def _interruptible() -> Iterator[list[int]]:
     """Make SIGTERM and SIGHUP interrupt as Ctrl-C does; the list tells which one came."""
     came: list[int] = []
+    owner = os.getpid()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != owner:
+            # The netlink library forks helpers and ends them by SIGTERM: one that unwound this
+            # process's stack would take the lab down while it is being built.
+            os._exit(128 + number)
         came.append(number)
         raise KeyboardInterrupt
 

@@ -83,6 +83,8 @@ def remove(name: str) -> None:
     while _libc.umount2(os.fsencode(base / "bpf"), _MNT_DETACH) == 0:
         pass  # mounted more than once after a crash
     shutil.rmtree(base, ignore_errors=True)
+    # Where a racing "up" has just taken the lock, the namespaces' names still keep two apart.
+    (ROOT / f"{name}.lock").unlink(missing_ok=True)
 
 
 def read_state(name: str) -> dict[str, Any] | None:

@@ -7,7 +7,8 @@ Counting happens in the path of every request, so a counter is an integer in a s
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import (
@@ -18,10 +19,17 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-__all__ = ["LabelledCounter", "LatencyHistogram", "Metrics"]
+__all__ = ["Exposition", "LabelledCounter", "LatencyHistogram", "Metrics", "Sampled"]
 
 _MAX_SERIES = 64
 _BUCKETS_US = (50, 100, 150, 200, 300, 500, 1000, 2000, 5000, 10_000, 50_000)
+
+
+class Exposition(Protocol):
+    """What can be scraped."""
+
+    def text(self) -> bytes:
+        """The Prometheus text exposition."""
 
 
 class LabelledCounter:
@@ -176,3 +184,32 @@ class Metrics(Collector):
     def text(self) -> bytes:
         """The Prometheus text exposition."""
         return generate_latest(self.registry)
+
+
+class Sampled(Collector):
+    """Numbers that are kept elsewhere, as gauges; nested ones under their names joined by ``_``."""
+
+    def __init__(self, prefix: str, read: Callable[[], Mapping[str, Any]]) -> None:
+        self._prefix = prefix
+        self._read = read
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing ahead of time: what there is shows at a scrape."""
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        """What ``prometheus_client`` asks for at a scrape."""
+        yield from self._gauges(self._prefix, self._read())
+
+    def _gauges(self, prefix: str, values: Mapping[str, Any]) -> Iterable[Metric]:
+        for name, value in values.items():
+            if isinstance(value, Mapping):
+                yield from self._gauges(f"{prefix}_{name}", value)
+            else:
+                yield GaugeMetricFamily(f"{prefix}_{name}", name.replace("_", " "), value=value)
+
+    def text(self) -> bytes:
+        """The Prometheus text exposition."""
+        return generate_latest(self._registry)

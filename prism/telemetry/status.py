@@ -18,7 +18,7 @@ from typing import Any
 
 from prism.errors import PrismError
 from prism.flow import Endpoint
-from prism.telemetry.metrics import Metrics
+from prism.telemetry.metrics import Exposition
 
 __all__ = ["StatusServer", "read_status"]
 
@@ -36,7 +36,7 @@ class StatusServer:
         metrics: rendered for ``GET /metrics``.
     """
 
-    def __init__(self, status: Callable[[], dict[str, Any]], metrics: Metrics) -> None:
+    def __init__(self, status: Callable[[], dict[str, Any]], metrics: Exposition) -> None:
         self._status = status
         self._metrics = metrics
         self._path: Path | None = None

@@ -25,6 +25,7 @@ from prism.telemetry import (
     read_status,
     tracing,
 )
+from prism.telemetry.metrics import Sampled
 
 FLOW = Flow(Endpoint("192.0.2.1", 4242), Endpoint("198.51.100.1", 80))
 
@@ -126,6 +127,14 @@ def test_metrics_are_what_prometheus_reads() -> None:
     assert found["prism_handoff_seconds_bucket", ("0.00015",)] == 1
     assert found["prism_handoff_seconds_bucket", ("+Inf",)] == 2
     assert found["prism_handoff_seconds_sum", ()] == pytest.approx(1.00012)
+
+
+def test_nested_numbers_from_elsewhere_become_gauges() -> None:
+    numbers = {"rules": 2, "hold": {"octets": 3}}
+    text = Sampled("prism_switch", lambda: numbers).text().decode()
+    numbers["rules"] = 5
+    assert "prism_switch_rules 2.0" in text
+    assert "prism_switch_hold_octets 3.0" in text
 
 
 def test_labels_from_clients_cannot_grow_without_bound() -> None:
