@@ -157,7 +157,7 @@ class Backend(Node):
         offer = handoff.offer
         key = offer.flow
         # A rule of this flow's last connection, if any, is the one that was just taken over.
-        self.rules[key] = Owned(handoff.gen, handoff.local)
+        self.rules[key] = owned = Owned(handoff.gen, handoff.local)
         connection = Connection(
             PlainStream(sock, handoff.flow, offer.pending),
             handoff.flow,
@@ -172,7 +172,7 @@ class Backend(Node):
             sock.fileno(),
             handoff.local,
             handoff.flow.client,
-            lambda gone: self._gone(key, handoff.gen, gone),
+            lambda gone: self._gone(key, owned, gone),
         )
         connection.start()
         if self.trace:
@@ -224,11 +224,10 @@ class Backend(Node):
             return False
         return True
 
-    def _gone(self, flow: bytes, gen: int, gone: Gone) -> None:
+    def _gone(self, flow: bytes, owned: Owned, gone: Gone) -> None:
         """The kernel has forgotten a connection, or keeps only its TIME_WAIT state."""
-        owned = self.rules.get(flow)
-        if owned is None or owned.ended:
-            return
+        if self.rules.get(flow) is not owned or owned.ended:
+            return  # the client uses its port for a new connection already
         owned.ended = True
         if gone.time_wait:
             asyncio.get_running_loop().call_later(TIME_WAIT, self._withdraw, flow, owned)
