@@ -82,6 +82,9 @@ class RuleStore(Protocol):
     def nodes(self) -> Sequence[Node]:
         """All nodes that ever said HELLO and are not forgotten."""
 
+    def end_lease(self, node: int) -> bool:
+        """Deny a node everything until its next HELLO; ``False`` if its lease is running."""
+
 
 class PacketStore(RuleStore, Protocol):
     """A rule table that also holds packets and asks about SYNs: the kernel's."""

@@ -87,7 +87,7 @@ class Reaper:
         next_full = loop.time()
         while True:
             self.refresh()
-            dead = {node.id for node in self.nodes.values() if not node.alive}
+            dead = {node.id for node in self.nodes.values() if self._has_ended(node)}
             self._ended &= dead
             fresh = dead - self._ended
             self.counters.expired_nodes += len(fresh)
@@ -98,6 +98,10 @@ class Reaper:
                 await self._reap(fresh)
             self._ended |= fresh
             await asyncio.sleep(self._interval)
+
+    def _has_ended(self, node: Node) -> bool:
+        """Whether a node has no lease, after ending one that ran out."""
+        return not node.alive and (node.lease == 0 or self._store.end_lease(node.id))
 
     def _is_dead(self, node: int) -> bool:
         known = self.nodes.get(node)

@@ -229,9 +229,8 @@ class SwitchServer(asyncio.DatagramProtocol):
             await asyncio.sleep(self._sweep)
             nodes = self.table.nodes()
             for node in nodes:
-                if node.lease > 0 and not node.alive:
+                if node.lease > 0 and not node.alive and self.table.end_lease(node.id):
                     self.counters.expired_nodes += 1
-                    self.table.end_lease(node.id)
             dead = {node.id for node in nodes if not node.alive}
             ended &= dead
             if dead - ended:

@@ -196,11 +196,19 @@ class RuleTable:
                 return True
         return False
 
-    def end_lease(self, node: int) -> None:
-        """Take a node for dead: it must say HELLO before anything else."""
+    def end_lease(self, node: int) -> bool:
+        """Take a node for dead: what it asks is ``DENIED`` until its next HELLO.
+
+        Its sequence numbers stay used.
+
+        Returns:
+            ``False`` if the lease is running (renewed meanwhile), or the node is not known.
+        """
         entry = self._nodes.get(node)
-        if entry is not None:
-            entry.lease_ms = 0
+        if entry is None or self._clock() - entry.renewed_ns <= entry.lease_ms * 1_000_000:
+            return False
+        entry.lease_ms = 0
+        return True
 
     # Operations
 
