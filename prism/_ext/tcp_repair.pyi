@@ -33,7 +33,7 @@ class NotCarriable(OSError):
     """
 
 def freeze(fd: int) -> None:
-    """Enter repair mode: what is written is queued and not sent, and closing sends nothing.
+    """Enter repair mode: nothing more is read or written (EPERM, EINVAL), closing sends nothing.
 
     The kernel still takes segments that arrive, and acknowledges them; the switch's lock is what
     keeps both from happening.

@@ -6,7 +6,7 @@
  *                         (which sends nothing and leads straight to ESTABLISHED)
  *   in repair mode        options, timestamp, receive queue, windows, segment size, the sent part
  *                         of the send queue
- *   alive                 the FIN; repair off; SO_REUSEADDR; the unsent part of the send queue
+ *   alive                 repair off; SO_REUSEADDR; the FIN; the unsent part of the send queue
  *
  * SO_REUSEADDR any earlier would take away the forced address reuse that repair mode gives.
  */
@@ -154,16 +154,16 @@ static enum prism_tcp_result force_buffer(int fd, int name, uint32_t octets,
 	if (octets > PRISM_TCP_BUFFER_MAX)
 		octets = PRISM_TCP_BUFFER_MAX;
 	/* The kernel doubles what it is given. */
-	return prism_set_int(fd, SOL_SOCKET, name, (int)(octets / 2),
+	return prism_set_int(fd, SOL_SOCKET, name, (int)((octets + 1) / 2),
 			     "SO_RCVBUFFORCE or SO_SNDBUFFORCE", fault);
 }
 
-static uint32_t buffer_size(int fd, int name)
+static uint32_t option_u32(int fd, int level, int name)
 {
 	uint32_t value = 0;
 	socklen_t size = sizeof(value);
 
-	(void)getsockopt(fd, SOL_SOCKET, name, &value, &size);
+	(void)getsockopt(fd, level, name, &value, &size);
 	return value;
 }
 
@@ -181,6 +181,7 @@ static enum prism_tcp_result make_room(int fd, const struct prism_tcp_state *sta
 {
 	uint32_t need;
 
+	*moved = state->buf_lock || state->rcvbuf > option_u32(fd, SOL_SOCKET, SO_RCVBUF);
 	if (state->recv_len > SMALL_QUEUE) {
 		need = room_for(state->recv_len);
 		if (need < state->rcvbuf)
@@ -272,21 +273,15 @@ static void update_segment_size(int fd, const struct prism_tcp_state *state)
 }
 
 /*
- * A receive buffer that the kernel had enlarged comes with a larger window clamp, and with the
- * one must come the other: tuning raises the clamp only when it raises the buffer. A clamp below
- * the default is the frontend's own bound for undecided requests and is not inherited.
+ * With a receive buffer that the kernel had enlarged must come the window clamp that went with it:
+ * from here on tuning raises the clamp only when it raises the buffer. A clamp below the default
+ * is the frontend's own bound for undecided requests and is not inherited.
  */
-static enum prism_tcp_result restore_clamp(int fd, const struct prism_tcp_state *state, int *moved,
+static enum prism_tcp_result restore_clamp(int fd, const struct prism_tcp_state *state,
 					   struct prism_fault *fault)
 {
-	uint32_t clamp = 0;
-	socklen_t size = sizeof(clamp);
+	uint32_t clamp = option_u32(fd, IPPROTO_TCP, TCP_WINDOW_CLAMP);
 
-	if (state->buf_lock || state->rcvbuf > buffer_size(fd, SO_RCVBUF))
-		*moved = 1;
-	if (!*moved)
-		return PRISM_TCP_OK;
-	(void)getsockopt(fd, IPPROTO_TCP, TCP_WINDOW_CLAMP, &clamp, &size);
 	if (state->window_clamp <= clamp || state->window_clamp > PRISM_TCP_WINDOW_MAX)
 		return PRISM_TCP_OK;
 	return prism_set_int(fd, IPPROTO_TCP, TCP_WINDOW_CLAMP, (int)state->window_clamp,
@@ -302,7 +297,7 @@ static enum prism_tcp_result restore(int fd, const struct prism_tcp_state *state
 	PRISM_TRY(make_room(fd, state, moved, fault));
 	PRISM_TRY(fill_queue(fd, TCP_RECV_QUEUE, payload, state->recv_len, fault));
 	PRISM_TRY(restore_windows(fd, state, fault));
-	PRISM_TRY(restore_clamp(fd, state, moved, fault));
+	PRISM_TRY(restore_clamp(fd, state, fault));
 	update_segment_size(fd, state);
 	PRISM_TRY(fill_queue(fd, TCP_SEND_QUEUE, payload + state->recv_len, sent, fault));
 	return prism_set_int(fd, IPPROTO_TCP, TCP_REPAIR_QUEUE, TCP_NO_QUEUE, "TCP_REPAIR_QUEUE",
@@ -366,9 +361,10 @@ enum prism_tcp_result prism_tcp_activate(const struct prism_import *import,
 	int fd = import->fd;
 	size_t sent = state->send_len - state->unsent_len;
 
+	PRISM_TRY(prism_tcp_resume(fd, probe < 0 ? needs_probe(state) : probe, fault));
+	/* After the probe, which the kernel does not send once it has seen the FIN. */
 	if (state->flags & PRISM_TCP_HALF_CLOSED)
 		PRISM_TRY(prism_tcp_inject_fin(fd, state, local, import->port, fault));
-	PRISM_TRY(prism_tcp_resume(fd, probe < 0 ? needs_probe(state) : probe, fault));
 	PRISM_TRY(send_rest(fd, payload + state->recv_len + sent, state->unsent_len, fault));
 	if (import->buffers_moved)
 		PRISM_TRY(settle_buffers(fd, state, fault));
