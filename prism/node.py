@@ -37,6 +37,7 @@ __all__ = ["Node", "Refusal"]
 log = logging.getLogger(__name__)
 
 MAX_HOPS = 4  # owners a connection may pass for one request; then it is relayed
+_COOKIES = (1 << 63) - 1
 SWEEP = 1.0  # seconds between two looks for connections that wait too long
 
 
@@ -95,6 +96,7 @@ class Node:
         self.reconciler = Reconciler(self)
         self.relay = Relay(connect_timeout=getattr(serving, "connect_timeout", 3.0))
         self.stopping = False
+        self._cookie = secrets.randbits(63)  # a restarted node must not repeat its last life's
         self._status = StatusServer(self.status, self.metrics)
         self._sweeper: asyncio.Task[None] | None = None
 
@@ -192,7 +194,8 @@ class Node:
         if why or link is None:
             self.serve_here(connection, why)
             return
-        handoff = Outgoing(self, connection, link, name, secrets.randbits(63))
+        self._cookie = self._cookie + 1 & _COOKIES
+        handoff = Outgoing(self, connection, link, name, self._cookie)
         self.moving[connection.key] = handoff
         handoff.start()
 
