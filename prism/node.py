@@ -146,7 +146,7 @@ class Node:
         for connection in list(self.connections.values()):
             connection.close(abort=connection.state is not State.IDLE)
         await self.reconciler.close()
-        await self.relay.close()
+        self.relay.close()
         await self.channel.close()
         await self.switch.close()
         await self._status.close()
