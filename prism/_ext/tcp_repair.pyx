@@ -109,8 +109,9 @@ cdef int _pack_address(str address, uint8_t *packed) except -1:
     cdef bytes text = address.encode("ascii", "replace")
     memset(packed, 0, 10)
     packed[10] = packed[11] = 0xFF
-    if inet_pton(AF_INET, text, packed + 12) == 1 or inet_pton(AF_INET6, text, packed) == 1:
-        return 0
+    if b"\0" not in text:
+        if inet_pton(AF_INET, text, packed + 12) == 1 or inet_pton(AF_INET6, text, packed) == 1:
+            return 0
     raise ValueError(f"{address!r} is not an IP address")
 
 
