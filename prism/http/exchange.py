@@ -124,7 +124,8 @@ class Exchange:
 
         Args:
             status: final, so 200 or more.
-            headers: without Content-Length, Transfer-Encoding and Connection, which are made here.
+            headers: without Content-Length, Transfer-Encoding and Connection, which are made here,
+                as are Date and Server when they are not given.
             body: left away where the response must not have one.
         """
         head = self._begin(status, headers, len(body))
@@ -268,15 +269,17 @@ class Exchange:
         self._left = length
         parts = [status_line(status)]
         lines = 2
-        date = True
+        date, server = True, self._server
         for name, value in headers:
             parts += (name, b": ", value, b"\r\n")
             lines += 1
             if len(name) == 4 and name.lower() == b"date":
                 date = False
+            elif len(name) == 6 and name.lower() == b"server":
+                server = b""
         for line in (
             date_line() if date else b"",
-            self._server,
+            server,
             self._framing(length),
             self._connection(),
         ):

@@ -1,0 +1,325 @@
+"""The relay: passes an exchange on to an upstream server and its response back.
+
+For requests that are not handed over. Bodies are streamed both ways, never held; whoever reads
+slowly slows the other side down. Field names and values are passed as they are, except what
+speaks of one connection only (RFC 9110, section 7.6.1); framing is made anew on both sides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Final
+from urllib.parse import quote_from_bytes, unquote_to_bytes
+
+from prism.apps.upstream import (
+    HOP_BY_HOP,
+    Address,
+    Pool,
+    ResponseHead,
+    Upstream,
+    UpstreamError,
+    connection_options,
+)
+from prism.http.body import ClientGone
+from prism.http.exchange import Exchange, Headers, Rest
+from prism.http.head import HttpError, RequestHead
+from prism.http.stream import Stream
+
+__all__ = ["Relay", "RelayTo", "request_head"]
+
+_IDEMPOTENT = frozenset(b"GET HEAD PUT DELETE OPTIONS PROPFIND SEARCH REPORT".split())
+_NOT_COPIED = HOP_BY_HOP | {b"host", b"content-length", b"expect", b"via", b"x-forwarded-for"}
+_PLAIN_OPTIONS = frozenset((b"close", b"keep-alive"))
+_CONTINUE_WAIT: Final = 1.0  # seconds; after that the body is sent unasked (RFC 9110, 10.1.1)
+_MAX_INTERIM = 16
+
+
+class Relay:
+    """Relays exchanges to any number of upstream servers, with a pool of connections to each.
+
+    Args:
+        connect_timeout: seconds.
+        response_timeout: seconds for the first octet of a response after the request is sent,
+            and between two pieces of its body.
+        max_connections: to each upstream server.
+        name: how this proxy calls itself in Via.
+    """
+
+    def __init__(
+        self,
+        *,
+        connect_timeout: float = 2.0,
+        response_timeout: float = 60.0,
+        max_connections: int = 128,
+        name: bytes = b"prism",
+    ) -> None:
+        self._connect_timeout = connect_timeout
+        self._timeout = response_timeout
+        self._max_connections = max_connections
+        self._via = b"1.1 " + name
+        self._pools: dict[Address, Pool] = {}
+
+    def to(self, address: Address) -> RelayTo:
+        """An app that relays everything to one upstream server."""
+        return RelayTo(self, address)
+
+    def close(self) -> None:
+        """Closes all idle connections."""
+        for pool in self._pools.values():
+            pool.close_idle()
+
+    async def relay(self, exchange: Exchange, address: Address, extra: Headers = ()) -> None:
+        """Relays one exchange.
+
+        Args:
+            exchange: not started yet.
+            address: the upstream server: a TCP endpoint or the path of a unix socket.
+            extra: fields to add to the request.
+
+        Raises:
+            HttpError: nothing was sent to the client yet: 502, 503 or 504 for the upstream's
+                failures; 4xx for what is wrong with the request's body.
+            ClientGone: the client is lost, or the response was cut off upstream. The stream is
+                to be aborted.
+        """
+        pool = self._pools.get(address)
+        if pool is None:
+            pool = self._pools[address] = Pool(
+                address, limit=self._max_connections, connect_timeout=self._connect_timeout
+            )
+        request = request_head(exchange, address, self._via, extra)
+        upstream = await pool.acquire()
+        try:
+            await self._attempt(exchange, upstream, request)
+            return
+        except UpstreamError as error:
+            if not _can_repeat(exchange, upstream, error):
+                raise _failure(exchange, error) from None
+        finally:
+            pool.release(upstream)
+        upstream = await pool.acquire(fresh=True)
+        try:
+            await self._attempt(exchange, upstream, request)
+        except UpstreamError as error:
+            raise _failure(exchange, error) from None
+        finally:
+            pool.release(upstream)
+
+    async def _attempt(self, exchange: Exchange, upstream: Upstream, request: bytes) -> None:
+        """Sends the request and passes the response on; raises UpstreamError."""
+        await upstream.send(request, self._timeout)
+        if exchange.body.complete:
+            watch = _Watch(exchange.stream, upstream)
+            try:
+                await self._respond(exchange, upstream, None, None)
+            except UpstreamError:
+                if watch.gone:
+                    raise ClientGone("the client went away before the response") from None
+                raise
+            finally:
+                watch.end()
+            return
+        asked = asyncio.Event() if exchange.body.awaited else None
+        sender = asyncio.create_task(self._send_body(exchange, upstream, asked))
+        try:
+            await self._respond(exchange, upstream, sender, asked)
+        except (UpstreamError, HttpError):
+            # The client's failure ends the upstream connection, and is the one to tell.
+            if sender.done() and not sender.cancelled() and (cause := sender.exception()):
+                raise cause from None
+            raise
+        finally:
+            sender.cancel()
+            await asyncio.wait((sender,))
+            if sender.cancelled() or sender.exception() is not None or not sender.result():
+                upstream.reusable = False
+
+    async def _send_body(
+        self, exchange: Exchange, upstream: Upstream, asked: asyncio.Event | None
+    ) -> bool:
+        """Passes the request's body on; an upstream that stops reading may still answer.
+
+        Returns:
+            Whether the upstream took all of it.
+        """
+        body = exchange.body
+        try:
+            if asked is not None:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_CONTINUE_WAIT):
+                        await asked.wait()
+            chunked = body.length is None
+            while piece := await body.read():
+                data = b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece
+                await upstream.send(data, self._timeout)
+            if chunked:
+                await upstream.send(b"0\r\n\r\n", self._timeout)
+        except UpstreamError:
+            return False
+        except (ClientGone, HttpError):
+            upstream.stream.abort()  # not a close: the request must not look complete
+            raise
+        return True
+
+    async def _respond(
+        self,
+        exchange: Exchange,
+        upstream: Upstream,
+        sender: asyncio.Task[bool] | None,
+        asked: asyncio.Event | None,
+    ) -> None:
+        head = await self._final_head(exchange, upstream, sender, asked)
+        exchange.status = head.status
+        bodiless = exchange.bodiless
+        upstream.begin_body(head, bodiless=bodiless)
+        headers = [*head.headers, (b"Via", self._via)]
+        try:
+            exchange.start(head.status, headers, head.length)
+        except ValueError:
+            raise UpstreamError("the upstream's response has malformed fields") from None
+        while True:
+            try:
+                piece = await upstream.read_body(self._timeout)
+            except TimeoutError:
+                raise UpstreamError("the upstream's response stands still") from None
+            if not piece:
+                break
+            rest = exchange.write_now(piece)
+            if rest is not None:
+                await rest
+        await exchange.end()
+        delimited = bodiless or head.chunked or head.length is not None
+        upstream.reusable = head.keep_alive and delimited and upstream.is_quiet()
+
+    async def _final_head(
+        self,
+        exchange: Exchange,
+        upstream: Upstream,
+        sender: asyncio.Task[bool] | None,
+        asked: asyncio.Event | None,
+    ) -> ResponseHead:
+        """The response's head; interim ones are passed on before it."""
+        interim = 0
+        while interim <= _MAX_INTERIM:
+            try:
+                head = await upstream.read_head(self._timeout)
+            except TimeoutError:
+                if sender is not None and not sender.done():
+                    continue  # the request is still on its way; its sender has its own time-outs
+                raise HttpError(504, "the upstream took too long to respond") from None
+            if head.status >= 200:
+                return head
+            interim += 1
+            if head.status == 101:
+                raise UpstreamError("the upstream switched protocols without being asked to")
+            if head.status == 100:
+                if asked is not None:
+                    asked.set()  # reading the body then asks the client for it
+            elif (rest := exchange.inform(head.status, head.headers)) is not None:
+                await rest
+        raise UpstreamError(f"the upstream sent over {_MAX_INTERIM} interim responses")
+
+
+class RelayTo:
+    """The app that relays to one upstream server."""
+
+    def __init__(self, relay: Relay, address: Address) -> None:
+        self._relay = relay
+        self._address = address
+
+    def handle(self, exchange: Exchange) -> Rest:
+        """Answers one request; see :class:`prism.http.exchange.App`."""
+        return self._relay.relay(exchange, self._address)
+
+
+class _Watch:
+    """Looks out for the client's disappearance while only the upstream is waited for.
+
+    A reset ends the upstream connection. An end of file does not: a client may have finished
+    sending and wait for its answer. Octets of a next request end the watch.
+    """
+
+    __slots__ = ("_client", "_upstream", "gone")
+
+    def __init__(self, client: Stream, upstream: Upstream) -> None:
+        self._client = client
+        self._upstream = upstream
+        self.gone = False
+        client.on_readable(self._look)
+
+    def _look(self) -> None:
+        try:
+            self._client.peek(1)
+        except BlockingIOError:
+            return
+        except OSError:
+            self.gone = True
+            self._upstream.stream.abort()
+        self._client.off_readable()
+
+    def end(self) -> None:
+        self._client.off_readable()
+
+
+def _can_repeat(exchange: Exchange, upstream: Upstream, error: UpstreamError) -> bool:
+    """A kept connection may have been closed just when it was used again (RFC 9112, 9.3.1)."""
+    return (
+        error.silent
+        and upstream.reused
+        and not exchange.started
+        and exchange.body.received == 0
+        and (not upstream.sent or exchange.head.method in _IDEMPOTENT)
+    )
+
+
+def _failure(exchange: Exchange, error: UpstreamError) -> HttpError | ClientGone:
+    if exchange.started:
+        return ClientGone(f"the response was cut off: {error}")
+    return HttpError(502, str(error))
+
+
+def request_head(exchange: Exchange, address: Address, via: bytes, extra: Headers = ()) -> bytes:
+    """The head to send upstream: the client's, without what was for this connection alone."""
+    head = exchange.head
+    options = connection_options([value for name, value in head.headers if name == b"connection"])
+    dropped = _NOT_COPIED
+    if extra or options - _PLAIN_OPTIONS:
+        dropped = dropped | options | {name.lower() for name, _ in extra}
+    host = head.host or _host_of(address)
+    parts = [b"%b %b HTTP/1.1\r\nHost: %b\r\n" % (head.method, _target(head), host)]
+    parts += [b"%b: %b\r\n" % field for field in head.headers if field[0] not in dropped]
+    if head.chunked:
+        parts.append(b"Transfer-Encoding: chunked\r\n")
+    elif head.content_length is not None:
+        parts.append(b"Content-Length: %d\r\n" % head.content_length)
+    if head.expect_continue:
+        parts.append(b"Expect: 100-continue\r\n")
+    parts.append(b"Via: %b\r\n" % _append(head, b"via", via))
+    if exchange.client is not None:
+        client = _append(head, b"x-forwarded-for", exchange.client.host.encode())
+        parts.append(b"X-Forwarded-For: %b\r\n" % client)
+    parts += [b"%b: %b\r\n" % field for field in extra]
+    parts.append(b"\r\n")
+    return b"".join(parts)
+
+
+def _append(head: RequestHead, name: bytes, value: bytes) -> bytes:
+    before = head.get_all(name)
+    return value if before is None else before + b", " + value
+
+
+def _host_of(address: Address) -> bytes:
+    return b"localhost" if isinstance(address, str) else str(address).encode()
+
+
+def _target(head: RequestHead) -> bytes:
+    """The target in origin form: as sent, unless there are tricks in its path.
+
+    Where normalising did more than decode, the upstream gets the normalised path, so that it
+    serves what was decided about.
+    """
+    path = head.path
+    if path[1:] != head.key and path != b"*" and unquote_to_bytes(path)[1:] != head.key:
+        path = b"/" + quote_from_bytes(head.key, safe="/!$&'()*+,;=:@~").encode()
+    return path + b"?" + head.query if head.query else path
