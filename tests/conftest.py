@@ -10,6 +10,21 @@ import pytest
 
 from prism.lab.netns import Namespace
 
+# scripts/test names its run, so that it can remove what an interrupted run leaves behind.
+RUN = os.environ.get("PRISM_TEST_TAG", "")
+
+
+@pytest.fixture
+def lab_name() -> Iterator[str]:
+    """A unique name for a lab or topology, which is taken down at the end of the test."""
+    from prism.lab.cluster import Cluster
+
+    if os.geteuid() != 0:
+        pytest.fail("this test makes network namespaces and needs root")
+    name = f"pt-{RUN}{uuid.uuid4().hex[:6]}"
+    yield name
+    Cluster.remove(name)
+
 
 @pytest.fixture
 def make_namespace() -> Iterator[Callable[[str], Namespace]]:
@@ -17,7 +32,7 @@ def make_namespace() -> Iterator[Callable[[str], Namespace]]:
     if os.geteuid() != 0:
         pytest.fail("this test makes network namespaces and needs root")
     made: list[Namespace] = []
-    tag = uuid.uuid4().hex[:6]
+    tag = RUN + uuid.uuid4().hex[:6]
 
     def make(role: str) -> Namespace:
         made.append(Namespace.create(f"pt-{tag}-{role}"))

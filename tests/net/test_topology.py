@@ -5,8 +5,6 @@ from __future__ import annotations
 import socket
 import subprocess
 import time
-import uuid
-from collections.abc import Iterator
 
 import pytest
 
@@ -17,10 +15,8 @@ pytestmark = pytest.mark.net
 
 
 @pytest.fixture
-def name() -> Iterator[str]:
-    name = f"pt-{uuid.uuid4().hex[:6]}"
-    yield name
-    remove_all(name)
+def name(lab_name: str) -> str:
+    return lab_name
 
 
 def ping(topology: Topology, role: str, address: str) -> bool:
