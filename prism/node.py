@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import secrets
 import time
 from typing import Any
@@ -168,6 +169,7 @@ class Node:
         return {
             "name": self.name,
             "role": self.role,
+            "pid": os.getpid(),
             "version": __version__,
             "counters": self.metrics.snapshot(),
             "channel": self.channel.counters.as_dict(),
