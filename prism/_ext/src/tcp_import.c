@@ -60,11 +60,15 @@ static socklen_t make_sockaddr(struct sockaddr_storage *to, int family, const ui
 	return sizeof(*four);
 }
 
+static enum prism_tcp_result select_queue(int fd, int queue, struct prism_fault *fault)
+{
+	return prism_set_int(fd, IPPROTO_TCP, TCP_REPAIR_QUEUE, queue, "TCP_REPAIR_QUEUE", fault);
+}
+
 static enum prism_tcp_result set_sequence(int fd, int queue, uint32_t sequence,
 					  struct prism_fault *fault)
 {
-	PRISM_TRY(
-		prism_set_int(fd, IPPROTO_TCP, TCP_REPAIR_QUEUE, queue, "TCP_REPAIR_QUEUE", fault));
+	PRISM_TRY(select_queue(fd, queue, fault));
 	return prism_set_int(fd, IPPROTO_TCP, TCP_QUEUE_SEQ, (int)sequence, "TCP_QUEUE_SEQ", fault);
 }
 
@@ -209,15 +213,12 @@ static enum prism_tcp_result settle_buffers(int fd, const struct prism_tcp_state
 	return PRISM_TCP_OK;
 }
 
-static enum prism_tcp_result fill_queue(int fd, int queue, const uint8_t *data, size_t length,
+/* Into the queue that is under repair. */
+static enum prism_tcp_result fill_queue(int fd, const uint8_t *data, size_t length,
 					struct prism_fault *fault)
 {
 	size_t chunk = CHUNK;
 
-	if (!length)
-		return PRISM_TCP_OK;
-	PRISM_TRY(
-		prism_set_int(fd, IPPROTO_TCP, TCP_REPAIR_QUEUE, queue, "TCP_REPAIR_QUEUE", fault));
 	while (length) {
 		ssize_t put = send(fd, data, length < chunk ? length : chunk, MSG_DONTWAIT);
 
@@ -288,6 +289,15 @@ static enum prism_tcp_result restore_clamp(int fd, const struct prism_tcp_state 
 			     "TCP_WINDOW_CLAMP", fault);
 }
 
+/* The part that is counted as sent; no queue is under repair afterwards. */
+static enum prism_tcp_result restore_sent(int fd, const uint8_t *data, size_t length,
+					  struct prism_fault *fault)
+{
+	PRISM_TRY(select_queue(fd, TCP_SEND_QUEUE, fault));
+	PRISM_TRY(fill_queue(fd, data, length, fault));
+	return select_queue(fd, TCP_NO_QUEUE, fault);
+}
+
 static enum prism_tcp_result restore(int fd, const struct prism_tcp_state *state,
 				     const uint8_t *payload, int *moved, struct prism_fault *fault)
 {
@@ -295,13 +305,11 @@ static enum prism_tcp_result restore(int fd, const struct prism_tcp_state *state
 
 	PRISM_TRY(restore_options(fd, state, fault));
 	PRISM_TRY(make_room(fd, state, moved, fault));
-	PRISM_TRY(fill_queue(fd, TCP_RECV_QUEUE, payload, state->recv_len, fault));
+	PRISM_TRY(fill_queue(fd, payload, state->recv_len, fault)); /* the queue chosen last */
 	PRISM_TRY(restore_windows(fd, state, fault));
 	PRISM_TRY(restore_clamp(fd, state, fault));
 	update_segment_size(fd, state);
-	PRISM_TRY(fill_queue(fd, TCP_SEND_QUEUE, payload + state->recv_len, sent, fault));
-	return prism_set_int(fd, IPPROTO_TCP, TCP_REPAIR_QUEUE, TCP_NO_QUEUE, "TCP_REPAIR_QUEUE",
-			     fault);
+	return sent ? restore_sent(fd, payload + state->recv_len, sent, fault) : PRISM_TCP_OK;
 }
 
 enum prism_tcp_result prism_tcp_import(const struct prism_tcp_state *state, const uint8_t *payload,

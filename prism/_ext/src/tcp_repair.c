@@ -24,6 +24,11 @@
 #define SO_BUF_LOCK 72 /* Linux 5.15 */
 #endif
 
+/* Places in SO_MEMINFO's array: both buffer sizes for one system call (linux/sock_diag.h). */
+#define MEMORY_RCVBUF 1
+#define MEMORY_SNDBUF 3
+#define MEMORY_FIELDS 4
+
 #define EXPORT_ATTEMPTS 8
 /* The first segment of the send queue may be acknowledged in part: it is peeked whole. */
 #define PEEK_SLACK 65536u
@@ -211,6 +216,7 @@ static enum prism_tcp_result read_parameters(int fd, struct prism_tcp_state *sta
 {
 	struct tcp_repair_window window;
 	socklen_t size = sizeof(window);
+	uint32_t memory[MEMORY_FIELDS];
 	uint32_t value = 0;
 
 	if (getsockopt(fd, IPPROTO_TCP, TCP_REPAIR_WINDOW, &window, &size) != 0)
@@ -226,8 +232,11 @@ static enum prism_tcp_result read_parameters(int fd, struct prism_tcp_state *sta
 		get_u32(fd, IPPROTO_TCP, TCP_TIMESTAMP, &state->timestamp, "TCP_TIMESTAMP", fault));
 	PRISM_TRY(get_u32(fd, IPPROTO_TCP, TCP_WINDOW_CLAMP, &state->window_clamp,
 			  "TCP_WINDOW_CLAMP", fault));
-	PRISM_TRY(get_u32(fd, SOL_SOCKET, SO_RCVBUF, &state->rcvbuf, "SO_RCVBUF", fault));
-	PRISM_TRY(get_u32(fd, SOL_SOCKET, SO_SNDBUF, &state->sndbuf, "SO_SNDBUF", fault));
+	size = sizeof(memory);
+	if (getsockopt(fd, SOL_SOCKET, SO_MEMINFO, memory, &size) != 0)
+		return prism_fail(fault, errno, "SO_MEMINFO");
+	state->rcvbuf = memory[MEMORY_RCVBUF];
+	state->sndbuf = memory[MEMORY_SNDBUF];
 	size = sizeof(value);
 	value = 0; /* before Linux 5.15 one cannot ask: taken as not fixed */
 	(void)getsockopt(fd, SOL_SOCKET, SO_BUF_LOCK, &value, &size);
@@ -333,11 +342,13 @@ static enum prism_tcp_result read_send_side(int fd, struct prism_tcp_state *stat
 		PRISM_TRY(peek_send_queue(fd, state, blob, fault));
 	PRISM_TRY(set_queue(fd, TCP_SEND_QUEUE, fault));
 	PRISM_TRY(get_u32(fd, IPPROTO_TCP, TCP_QUEUE_SEQ, &write_seq, "TCP_QUEUE_SEQ", fault));
-	PRISM_TRY(set_queue(fd, TCP_NO_QUEUE, fault));
+	state->snd_una = write_seq - state->send_len;
+	PRISM_TRY(set_queue(fd, TCP_NO_QUEUE, fault)); /* from here on writing fails */
+	if (!state->send_len)			       /* and so it stays: nobody writes */
+		return PRISM_TCP_OK;
 	PRISM_TRY(read_unacknowledged(fd, &again, fault));
 	if (again != state->send_len || state->unsent_len > state->send_len)
 		return PRISM_TCP_MOVED;
-	state->snd_una = write_seq - state->send_len;
 	return PRISM_TCP_OK;
 }
 
