@@ -97,6 +97,7 @@ class SwitchBed:
     def _namespace(self, role: str) -> Namespace:
         space = Namespace.create(f"{self.tag}-{role}")
         self._closing.callback(space.remove)
+        space.sysctl("ipv6/conf/default/accept_dad", 0)  # link-local addresses usable at once
         return space
 
     def configure(self, hold_ifindex: int = 0) -> None:
