@@ -258,19 +258,26 @@ class SwitchClient:
         )
         return await future
 
-    async def list(self, owner: int = 0) -> AsyncIterator[Message]:
+    async def list(
+        self,
+        owner: int = 0,
+        *,
+        timeout: float = 10.0,  # noqa: ASYNC109
+    ) -> AsyncIterator[Message]:
         """All rules of one owner (0: of all), one message each.
 
         Rules that come, go or change meanwhile may be missing or told twice.
+
+        Args:
+            owner: a node's id.
+            timeout: seconds to wait for each page; the first of a very long list takes some.
 
         Raises:
             SwitchError: the agent does not answer, or refuses.
         """
         cursor = 0
         while True:
-            messages = await self._send(Op.LIST, Fields(owner=owner, cookie=cursor))
-            if not messages:
-                raise SwitchError(f"the switch agent at {self.address} does not answer LIST")
+            messages = await self._page(Fields(owner=owner, cookie=cursor), timeout)
             if messages[0].status == Status.NOENT:
                 return
             for message in messages:
@@ -280,6 +287,15 @@ class SwitchClient:
             if not messages[-1].more:
                 return
             cursor = messages[-1].cookie
+
+    async def _page(self, fields: Fields, patience: float) -> Sequence[Message]:
+        deadline = self._loop.time() + patience
+        while True:
+            messages = await self._send(Op.LIST, fields)
+            if messages:
+                return messages
+            if self._loop.time() >= deadline or not self._requests.is_open:
+                raise SwitchError(f"the switch agent at {self.address} does not answer LIST")
 
     async def _send(self, op: Op, fields: Fields) -> Answer:
         future: asyncio.Future[Answer] = self._loop.create_future()
