@@ -135,6 +135,9 @@ class Backend(Node):
         if len(self.connections) + len(self.taking) >= self.backend.max_connections:
             reply(Refused(Reason.BUSY, f"{self.name} has {len(self.connections)} connections"))
             return
+        moving = self.moving.get(offer.flow)
+        if moving is not None:
+            moving.superseded(offer.gen)
         if offer.flow in self.taking or offer.flow in self.connections:
             reply(Refused(Reason.OTHER, f"{self.name} has this flow already"))
             return

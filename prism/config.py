@@ -251,7 +251,7 @@ class _Serving(_Identity):
         60.0, description="Seconds a client may take nothing of a response."
     )
     handoff_deadline_ms: float = Field(
-        50.0,
+        250.0,
         gt=0,
         le=10_000,
         description="Milliseconds after which an unanswered handoff is taken back.",

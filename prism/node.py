@@ -267,7 +267,10 @@ class Node:
             self.rule_changed(connection, handoff.gen)
         elif machine.state is SourceState.KEPT:
             self.rule_changed(connection, 0)
-        if machine.why in (Event.LINK_LOST, Event.TIMED_OUT):
+        # A target that has taken the connection after all was only slow to say so.
+        if machine.why in (Event.LINK_LOST, Event.TIMED_OUT) and (
+            machine.state is not SourceState.GONE
+        ):
             self.peers.pause(handoff.target)
         if self.trace:
             event(

@@ -17,7 +17,7 @@ from typing import Protocol, cast
 from prism._ext import tcp_repair
 from prism.errors import ProtocolError
 from prism.handoff.channel import Answer, Link, answer_event
-from prism.handoff.machine import SWITCH_EVENTS, Command, Event, Source
+from prism.handoff.machine import SWITCH_EVENTS, Command, Event, Source, SourceState
 from prism.handoff.runner import Runner
 from prism.handoff.wire import Offer, Refused
 from prism.http.connection import Connection
@@ -110,6 +110,16 @@ class Outgoing:
         """Hand over, beginning with the lock."""
         self.connection.detach()
         self._runner.post(Event.START_RULE if self.connection.gen else Event.START_NEW)
+
+    def superseded(self, gen: int) -> None:
+        """The connection is offered back under ``gen``: a later one proves that it was taken.
+
+        The target's answer and a later offer of the same connection come by two connections, so
+        they may come in either order.
+        """
+        waiting = (SourceState.OFFERED, SourceState.TAKING_BACK)
+        if gen > self._gen and self.machine.state in waiting:
+            self._runner.post(Event.TAKEN)
 
     def _execute(self, command: Command) -> None:
         _COMMANDS[command](self)
@@ -223,6 +233,8 @@ class Outgoing:
         self._mark("offer")
 
     def _on_answer(self, answer: Answer) -> None:
+        if self.machine.state is SourceState.GONE:
+            return  # known by other means already
         if type(answer) is Refused:
             self._answer = f"refused-{answer.reason.name.lower().replace('_', '-')}"
             if answer.text:
