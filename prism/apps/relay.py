@@ -190,7 +190,7 @@ class Relay:
                 await rest
         await exchange.end()
         delimited = bodiless or head.chunked or head.length is not None
-        upstream.reusable = head.keep_alive and delimited and upstream.is_quiet()
+        upstream.reusable = head.keep_alive and delimited and upstream.drained
 
     async def _final_head(
         self,

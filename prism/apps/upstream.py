@@ -146,12 +146,17 @@ class Upstream:
         self._silent = True
         self._buffer = b""
 
+    @property
+    def drained(self) -> bool:
+        """Nothing was received behind the last response so far."""
+        return not self._buffer
+
     def is_quiet(self) -> bool:
-        """Nothing was received since the last response: no end of file and no stray octets."""
+        """Nothing is in the socket: no end of file, no stray octets behind the last response."""
         try:
             self.stream.peek(1)
         except BlockingIOError:
-            return not self._buffer
+            return True
         except OSError:
             return False
         return False
@@ -193,6 +198,8 @@ class Upstream:
                 return parse_response_head(buffer[: end + 4])
             if len(buffer) > _MAX_HEAD:
                 raise UpstreamError(f"the upstream's response head is over {_MAX_HEAD} octets")
+            if self._silent:
+                await self._readable(seconds)  # it takes its time; no use in trying first
             data = await self._receive(seconds)
             if not data:
                 raise UpstreamError(
@@ -211,12 +218,15 @@ class Upstream:
                 raise UpstreamError(
                     f"the upstream's connection broke: {error}", silent=self._silent
                 ) from None
-            try:
-                await self.stream.readable(seconds)
-            except TimeoutError:
-                raise
-            except OSError as error:
-                raise UpstreamError(f"the upstream's connection broke: {error}") from None
+            await self._readable(seconds)
+
+    async def _readable(self, seconds: float) -> None:
+        try:
+            await self.stream.readable(seconds)
+        except TimeoutError:
+            raise
+        except OSError as error:
+            raise UpstreamError(f"the upstream's connection broke: {error}") from None
 
     def begin_body(self, head: ResponseHead, *, bodiless: bool) -> None:
         """Sets the framing of the body that follows ``head``."""
@@ -349,10 +359,11 @@ class Pool:
         upstream.stream.on_readable(lambda: self._drop(upstream))
 
     def _drop(self, upstream: Upstream) -> None:
-        """An idle connection has something to say: the server closes it."""
-        if upstream in self._idle:
-            self._idle.remove(upstream)
-        upstream.stream.close()
+        """An idle connection has something to say: most likely the server closes it."""
+        if not upstream.is_quiet():
+            if upstream in self._idle:
+                self._idle.remove(upstream)
+            upstream.stream.close()
 
     def close_idle(self) -> None:
         """Closes all connections that are not in use."""

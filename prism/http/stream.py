@@ -123,6 +123,8 @@ class Stream(Protocol):
     async def readable(self, seconds: float | None) -> None:
         """Waits until there is something to peek at, or end of file, or an error.
 
+        It may return in vain: what follows still has to expect :class:`BlockingIOError`.
+
         Raises:
             TimeoutError: nothing came in ``seconds``.
             ConnectionAbortedError: the stream was closed meanwhile.
@@ -136,8 +138,8 @@ class Stream(Protocol):
     def on_readable(self, callback: Callable[[], None]) -> None:
         """Calls ``callback`` whenever there is something to peek at, until :meth:`off_readable`.
 
-        For the idle state: no task waits. It is level-triggered; not to be used together with
-        :meth:`readable`.
+        For the idle state: no task waits. It is level-triggered, and may call once in vain; not
+        to be used together with :meth:`readable`.
         """
         ...
 
@@ -163,6 +165,7 @@ class PlainStream:
         "_lowat",
         "_pending",
         "_reader",
+        "_watched",
         "_writer",
         "sock",
     )
@@ -178,6 +181,7 @@ class PlainStream:
         self._loop = asyncio.get_running_loop()
         self._reader: asyncio.Future[None] | Callable[[], None] | None = None
         self._writer: asyncio.Future[None] | None = None
+        self._watched = False
 
     def __repr__(self) -> str:
         return f"<PlainStream fd={self._fd} {self._flow or ''}>"
@@ -290,7 +294,8 @@ class PlainStream:
         for waiter in (self._reader, self._writer):
             if isinstance(waiter, asyncio.Future) and not waiter.done():
                 waiter.set_exception(ConnectionAbortedError("the stream was closed"))
-        self._stop_reading()
+        self._reader = None
+        self._unwatch_input()
         self._stop_writing()
         self._fd = -1
         self._pending = b""
@@ -301,7 +306,8 @@ class PlainStream:
         for waiter in (self._reader, self._writer):
             if isinstance(waiter, asyncio.Future) and not waiter.done():
                 waiter.set_exception(ConnectionAbortedError("the stream was given away"))
-        self._stop_reading()
+        self._reader = None
+        self._unwatch_input()
         self._stop_writing()
         self._fd = -1
         self._pending = b""
@@ -328,11 +334,11 @@ class PlainStream:
             raise RuntimeError("somebody waits for this stream's input already")
         self._check_open()
         future = self._reader = self._loop.create_future()
-        self._loop.add_reader(self._fd, _wake, future)
+        self._watch_input()
         try:
             await self._wait(future, seconds)
         finally:
-            self._stop_reading()
+            self._reader = None
 
     async def writable(self, seconds: float | None) -> None:
         """Waits until something can be sent; see :meth:`Stream.writable`."""
@@ -364,7 +370,7 @@ class PlainStream:
             raise RuntimeError("somebody waits for this stream's input already")
         self._check_open()
         self._reader = callback
-        self._loop.add_reader(self._fd, callback)
+        self._watch_input()
         if self._pending and self._lowat == 1:
             self._loop.call_soon(self._report_pending, callback)
 
@@ -374,14 +380,32 @@ class PlainStream:
 
     def off_readable(self) -> None:
         """Ends :meth:`on_readable`."""
-        if self._reader is not None and not isinstance(self._reader, asyncio.Future):
-            self._stop_reading()
-
-    def _stop_reading(self) -> None:
-        if self._reader is not None:
+        if not isinstance(self._reader, asyncio.Future):
             self._reader = None
-            if self._fd >= 0:
-                self._loop.remove_reader(self._fd)
+
+    def _watch_input(self) -> None:
+        """Has the loop watch the descriptor, unless it still does.
+
+        It stops only when input comes that nobody waits for, so that a connection that goes from
+        request to request costs no epoll_ctl(2).
+        """
+        if not self._watched:
+            self._watched = True
+            self._loop.add_reader(self._fd, self._input)
+
+    def _input(self) -> None:
+        reader = self._reader
+        if reader is None:
+            self._unwatch_input()
+        elif isinstance(reader, asyncio.Future):
+            _wake(reader)
+        else:
+            reader()
+
+    def _unwatch_input(self) -> None:
+        if self._watched:
+            self._watched = False
+            self._loop.remove_reader(self._fd)
 
     def _stop_writing(self) -> None:
         if self._writer is not None:

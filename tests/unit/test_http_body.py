@@ -110,6 +110,9 @@ async def test_await_more_does_not_spin(ends: tuple[socket.socket, PlainStream])
 
     stream.on_readable(count)
     await asyncio.sleep(0.1)
+    assert calls <= 1
+    calls = 0
+    await asyncio.sleep(0.05)
     assert calls == 0
     client.sendall(b" ")
     await asyncio.sleep(0.05)
@@ -160,6 +163,47 @@ async def test_abort_resets(ends: tuple[socket.socket, PlainStream]) -> None:
     assert stream.fileno() == -1
     with pytest.raises(ConnectionResetError):
         client.recv(1)
+
+
+@pytest.mark.parametrize("watched", [False, True])
+async def test_a_reset_is_noticed(ends: tuple[socket.socket, PlainStream], watched: bool) -> None:
+    client, stream = ends
+    if watched:  # the loop watches on after the first wait
+        client.sendall(b"x")
+        await stream.readable(1)
+        stream.receive(1)
+    waiting = asyncio.ensure_future(stream.readable(2))
+    await settle()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+    await waiting
+    with pytest.raises(ConnectionResetError):
+        stream.peek()
+
+
+async def test_input_that_nobody_waited_for(ends: tuple[socket.socket, PlainStream]) -> None:
+    client, stream = ends
+    client.sendall(b"a")
+    await stream.readable(1)
+    assert stream.receive(1) == b"a"
+    client.sendall(b"b")
+    await settle()
+    for _ in range(3):
+        await stream.readable(1)
+        assert stream.peek() == b"b"
+    called = asyncio.Event()
+    stream.on_readable(called.set)
+    await asyncio.wait_for(called.wait(), 1)
+    stream.off_readable()
+    await settle()
+    assert stream.receive(1) == b"b"
+    with pytest.raises(TimeoutError):
+        await stream.readable(0.02)
+    client.close()
+    await settle()
+    await stream.readable(1)
+    assert stream.peek() == b""
+    await stream.readable(1)
 
 
 async def test_linger_close_saves_the_response(
