@@ -6,12 +6,13 @@ import contextlib
 import json
 import os
 import signal
+import threading
 import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -80,26 +81,28 @@ def up(  # noqa: PLR0917
     chosen = Options(switch=kind, settings=_settings(settings), **options)
     cluster = Cluster(name, chosen)
     cluster.keeper = not detach
-    with _interruptible() as interrupted:
+    with _interruptible() as no_more:
+        ready = False
         try:
             cluster.up()
+            ready = True
+            _announce(cluster, detach)
+            if not detach:
+                _watch(cluster)
         except KeyboardInterrupt:
-            raise click.Abort from None
-        _announce(cluster, detach)
-        if detach:
-            return
-        try:
-            _watch(cluster, interrupted)
+            if not ready:
+                raise click.Abort from None
+            click.echo(f"taking lab {name} down", err=True)
         finally:
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a second Ctrl-C must not
-            cluster.down()  # interrupt this
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            no_more.set()  # an impatient second Ctrl-C must not leave half of it
+            if cluster.nodes and not (detach and ready):  # none: it was refused, or cleaned up
+                cluster.down()
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[list[int]]:
-    """Make SIGTERM and SIGHUP interrupt as Ctrl-C does; the list tells which one came."""
-    came: list[int] = []
+def _interruptible() -> Iterator[threading.Event]:
+    """Make SIGTERM and SIGHUP interrupt as Ctrl-C does, until the event it gives is set."""
+    no_more = threading.Event()
     owner = os.getpid()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -107,31 +110,29 @@ def _interruptible() -> Iterator[list[int]]:
             # The netlink library forks helpers and ends them by SIGTERM: one that unwound this
             # process's stack would take the lab down while it is being built.
             os._exit(128 + number)
-        came.append(number)
-        raise KeyboardInterrupt
+        if not no_more.is_set():
+            raise KeyboardInterrupt
 
     numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
     previous = {number: signal.signal(number, interrupt) for number in numbers}
     try:
-        yield came
+        yield no_more
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-def _watch(cluster: Cluster, interrupted: list[int]) -> None:
-    """Until Ctrl-C; says so when a process ends by itself."""
+def _watch(cluster: Cluster) -> NoReturn:
+    """Until interrupted; says so when a process ends by itself."""
     dead: set[str] = set()
-    with contextlib.suppress(KeyboardInterrupt):
-        while True:
-            time.sleep(0.2)
-            for name, node in cluster.nodes.items():
-                if node.alive:
-                    dead.discard(name)
-                elif name not in dead:
-                    dead.add(name)
-                    click.echo(f"{name} has ended; its log: {node.log}", err=True)
-    click.echo(f"taking lab {cluster.name} down", err=True)
+    while True:
+        time.sleep(0.2)
+        for name, node in cluster.nodes.items():
+            if node.alive:
+                dead.discard(name)
+            elif name not in dead:
+                dead.add(name)
+                click.echo(f"{name} has ended; its log: {node.log}", err=True)
 
 
 def _announce(cluster: Cluster, detached: bool) -> None:
