@@ -149,6 +149,10 @@ class Backend(Node):
         self.taking[offer.flow] = handoff
         handoff.start()
 
+    def in_transit(self, flow: bytes) -> bool:
+        """Whether a handoff of this flow is under way, in either direction."""
+        return super().in_transit(flow) or flow in self.taking
+
     def import_endpoint(self, flow: Flow) -> Endpoint | None:
         """The own address of the service's family, and the first port to try."""
         address = self.backend.address_for(flow.service.host)

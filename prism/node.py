@@ -112,6 +112,7 @@ class Node:
         """
         self.switch.on_query = self.alive
         self.switch.on_incarnation = self.reconciler.table_lost
+        self.switch.on_lapse = self.reconciler.lapsed
         await self.switch.start()
         await self.channel.listen(self.serving.handoff_endpoint(self.worker))
         self.peers.connect()
@@ -242,6 +243,10 @@ class Node:
     def alive(self, flow: bytes, gen: int) -> bool:
         """Whether this node has the connection of a flow (the agent asks)."""
         return flow in self.connections or flow in self.moving
+
+    def in_transit(self, flow: bytes) -> bool:
+        """Whether a handoff of this flow is under way."""
+        return flow in self.moving
 
     # -- handoffs out ----------------------------------------------------------------------
 

@@ -1,8 +1,9 @@
 """Looks after rules that a node and the switch may see differently.
 
-Three occasions: a node starts and the switch still has rules of its last life; a handoff gave up
+The occasions: a node starts and the switch still has rules of its last life; a handoff gave up
 without knowing what the switch had done (rule 7 of ``handoff/machine.py``); the switch has lost
-its table. Everything here is repeated until the switch answers, and bounded.
+its table; the node was late to renew its lease, and was perhaps taken for dead. Everything here
+is repeated until the switch answers, and bounded.
 """
 
 from __future__ import annotations
@@ -53,6 +54,13 @@ class Reconciler:
         log.warning("the switch has lost its rules; adding this node's again")
         self._spawn(self._node.restore_rules())
 
+    def lapsed(self) -> None:
+        """The lease was renewed late: connections without a rule cannot be reached any more."""
+        flows = [flow for flow, c in self._node.connections.items() if c.gen]
+        log.warning("the lease had run out; looking after %d rules", len(flows))
+        for flow in flows:
+            self.check(flow)
+
     async def close(self) -> None:
         """Stop."""
         for task in self._tasks:
@@ -94,10 +102,12 @@ class Reconciler:
     async def _check_one(self, flow: bytes) -> bool:
         """Whether this flow needs no further look."""
         node = self._node
-        if flow in node.moving:
+        if node.in_transit(flow):
             return False
         rule = await node.switch.request(Op.GET, flow)
         if rule is None:
+            return False
+        if node.in_transit(flow):  # it began while the switch was asked
             return False
         connection = node.connections.get(flow)
         if rule.status != Status.OK:

@@ -50,6 +50,7 @@ class SwitchClient:
             ``False`` lets the client delete the rule and say that the connection is gone. Without
             it every connection is said to be alive.
         on_incarnation: called when the table was lost: add the rules again.
+        on_lapse: called when the lease was renewed too late: the agent may have deleted rules.
     """
 
     def __init__(
@@ -96,6 +97,8 @@ class SwitchClient:
         self.incarnation: int | None = None
         self.on_query: Callable[[bytes, int], bool] | None = None
         self.on_incarnation: Callable[[], None] | None = None
+        self.on_lapse: Callable[[], None] | None = None
+        self._renewed_at = 0.0
         self._lease_ms = max(1, round(lease * 1000))
         self._renewal = lease / 4
         self._mac = mac or NO_MAC
@@ -350,8 +353,13 @@ class SwitchClient:
     def _note_hello(self, reply: Message) -> None:
         if reply.status != Status.OK:
             return
-        if reply.gen:
-            self._renewal = min(self._lease_ms, reply.gen) / 4000
+        lease = (reply.gen or self._lease_ms) / 1000
+        self._renewal = min(self._lease_ms / 1000, lease) / 4
+        now, before = self._loop.time(), self._renewed_at
+        self._renewed_at = now
+        if before and now - before > lease and self.on_lapse is not None:
+            self.counters.lapses += 1
+            self.on_lapse()
         known, self.incarnation = self.incarnation, reply.cookie
         if known is not None and known != reply.cookie:
             self.counters.incarnations += 1

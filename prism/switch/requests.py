@@ -51,6 +51,7 @@ class Counters:
     queries: int = 0
     denied: int = 0
     incarnations: int = 0
+    lapses: int = 0
 
 
 class Fields(NamedTuple):
