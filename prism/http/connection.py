@@ -23,7 +23,7 @@ from prism.flow import Endpoint, Flow
 from prism.http.body import ClientGone
 from prism.http.exchange import App, Exchange, Rest, error_response
 from prism.http.head import HttpError, Limits, RequestHead, parse_head
-from prism.http.stream import Stream, linger_close
+from prism.http.stream import Stream, has_unread, linger_close
 from prism.placement import Node
 
 __all__ = ["Connection", "Dispatcher", "State"]
@@ -277,7 +277,7 @@ class Connection:
         if not exchange.settled:
             await exchange.finish()
         if not exchange.keep_alive:
-            if exchange.body.complete:
+            if exchange.body.complete and not has_unread(self.stream):
                 self.close()
             else:
                 await linger_close(self.stream, LINGER_SECONDS, LINGER_OCTETS)

@@ -9,7 +9,8 @@ What a connection does with an exchange:
 3. inline: when ``exchange.settled`` is false, ``await exchange.finish()`` too: it drains what is
    left of a small body, ends a response that was left open, or answers 500 when there is none;
 4. ``exchange.keep_alive``: the next request begins at the stream's next octet. Otherwise
-   ``await linger_close(stream)``, or plain ``stream.close()`` when ``exchange.body.complete``.
+   ``await linger_close(stream)``, or plain ``stream.close()`` when ``exchange.body.complete`` and
+   nothing is unread (:func:`~prism.http.stream.has_unread`).
 
 What comes out of the coroutine (or out of ``handle``): :class:`HttpError` while nothing is sent
 is answered by :meth:`Exchange.fail`; :class:`ClientGone` and any other exception: call

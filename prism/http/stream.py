@@ -22,7 +22,7 @@ from typing import Final, Protocol
 
 from prism.flow import Flow
 
-__all__ = ["PEEK_LIMIT", "PlainStream", "Stream", "linger_close"]
+__all__ = ["PEEK_LIMIT", "PlainStream", "Stream", "has_unread", "linger_close"]
 
 PEEK_LIMIT: Final = 64 * 1024
 _ABORTIVE = struct.pack("ii", 1, 0)
@@ -422,6 +422,18 @@ def _wake(future: asyncio.Future[None]) -> None:
 def _expire(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_exception(TimeoutError("the other side was silent for too long"))
+
+
+def has_unread(stream: Stream) -> bool:
+    """Whether closing now would reset the connection, and perhaps lose our last response.
+
+    It would when the client sent more than was read, a pipelined request for example; then use
+    :func:`linger_close`.
+    """
+    try:
+        return bool(stream.peek(1))
+    except OSError:
+        return False
 
 
 async def linger_close(stream: Stream, seconds: float = 2.0, octets: int = 1 << 20) -> None:

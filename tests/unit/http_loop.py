@@ -11,7 +11,7 @@ from prism.flow import Endpoint
 from prism.http.body import ClientGone
 from prism.http.exchange import App, Exchange, error_response
 from prism.http.head import HttpError, parse_head
-from prism.http.stream import PlainStream, linger_close
+from prism.http.stream import PlainStream, has_unread, linger_close
 
 Hook = Callable[[Exchange], None]
 
@@ -62,7 +62,8 @@ async def serve(sock: socket.socket, app: App, hook: Hook | None = None) -> None
                 stream.abort()
                 return
             if not exchange.keep_alive:
-                await linger_close(stream)
+                if not exchange.body.complete or has_unread(stream):
+                    await linger_close(stream)
                 return
     except OSError:
         pass
