@@ -63,9 +63,10 @@ cdef extern from "prism_abi.h" nogil:
     struct prism_event:
         uint32_t kind
 
-DEF KEY_LIMIT = 64
-DEF VALUE_LIMIT = 256
-DEF RUN_LIMIT = 2048
+cdef enum:
+    KEY_LIMIT = 64
+    VALUE_LIMIT = 256
+    RUN_LIMIT = 2048
 
 STAT_COUNT = PRISM_STAT_COUNT
 EVENT_SIZE = sizeof(prism_event)
