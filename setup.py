@@ -46,17 +46,15 @@ def compile_bpf(source: Path, target: Path) -> None:
     """
     clang = os.environ.get("CLANG", "clang")
     if shutil.which(clang) is None:
-        raise SystemExit(f"{clang} not found: install Debian's clang, or set CLANG (build time only)")
+        raise SystemExit(f"{clang} not found: install Debian's clang, or set CLANG (at build time)")
     arch = {"x86_64": "x86", "aarch64": "arm64"}.get(os.uname().machine, os.uname().machine)
     multiarch = subprocess.run(
         ["gcc", "-print-multiarch"], capture_output=True, text=True, check=True
     ).stdout.strip()
     target.parent.mkdir(parents=True, exist_ok=True)
-    subprocess.run(
-        [clang, "-O2", "-g", "-target", "bpf", "-mcpu=v3", f"-D__TARGET_ARCH_{arch}", "-Wall", "-Werror"]
-        + [f"-I/usr/include/{multiarch}", "-c", str(source), "-o", str(target)],
-        check=True,
-    )
+    flags = ["-O2", "-g", "-target", "bpf", "-mcpu=v3", "-Wall", "-Werror"]
+    flags += [f"-D__TARGET_ARCH_{arch}", f"-I/usr/include/{multiarch}"]
+    subprocess.run([clang, *flags, "-c", str(source), "-o", str(target)], check=True)
 
 
 class BuildExt(build_ext):
