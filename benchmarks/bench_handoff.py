@@ -1,0 +1,287 @@
+"""How long a handoff takes, and where the time goes.
+
+Run as root::
+
+    pytest benchmarks/bench_handoff.py
+
+Three parts: the two system-call sequences alone (export, import); the time to the response's first
+octet as a client measures it, for connections that are handed over, relayed, or made to the
+backend directly; and a table of the stages from the nodes' own traces.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import statistics
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from prism._ext import tcp_repair
+from prism.flow import Endpoint
+from prism.lab.cluster import Cluster
+from prism.lab.netns import Namespace
+from prism.placement import placement_from
+
+ROUNDS = 400
+SIZE = 512  # octets of the object: the response is one segment
+GOAL = 150e-6  # seconds, median, idle machine
+
+
+class Service:
+    """A cluster with one small object on each of two backends."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.namespace = cluster.topology.namespace("client")
+        self.service = cluster.topology.services(80)[0]
+        placement = placement_from(cluster.config("fe1"))
+        self.requests: dict[str, bytes] = {}
+        for number in range(64):
+            key = f"bench/{number}"
+            owner = placement.choose(key).name
+            if owner not in self.requests:
+                self._store(key)
+                self.requests[owner] = _request("GET", key)
+
+    def connect(self, to: Endpoint | None = None) -> socket.socket:
+        """A connection whose handshake is over and has settled."""
+        sock = self.namespace.socket()
+        sock.connect(to or self.service)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.settimeout(5)
+        # Accepting is not what is measured: give the frontend the time for it.
+        time.sleep(0.001)
+        return sock
+
+    def _store(self, key: str) -> None:
+        with contextlib.closing(self.connect()) as sock:
+            head = _request("PUT", key, f"Content-Length: {SIZE}\r\n")
+            sock.sendall(head + os.urandom(SIZE))
+            assert sock.recv(4096).startswith(b"HTTP/1.1 2")
+
+
+def _request(method: str, key: str, fields: str = "") -> bytes:
+    return f"{method} /{key} HTTP/1.1\r\nHost: bench\r\n{fields}\r\n".encode()
+
+
+@contextlib.contextmanager
+def _service(**options: Any) -> Iterator[Service]:
+    cluster = Cluster(f"bench-{uuid.uuid4().hex[:6]}", backends=2, **options)
+    try:
+        with cluster:
+            yield Service(cluster)
+    finally:
+        cluster.dir.with_name(f"{cluster.name}.lock").unlink(missing_ok=True)
+
+
+@pytest.fixture(scope="module")
+def quiet() -> Iterator[Service]:
+    """Handoffs, nothing traced: what the figures are taken from."""
+    with _service(trace=False) as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def relaying() -> Iterator[Service]:
+    """The same, as a plain proxy."""
+    with _service(trace=False, settings={"frontend.handoff": "never"}) as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def traced() -> Iterator[Service]:
+    """Handoffs with the time of each step in the logs."""
+    with _service(trace=True) as service:
+        yield service
+
+
+# -- the system calls alone ------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[Namespace, socket.socket]]:
+    """A namespace with two addresses, and the server's end of a connection to the first."""
+    namespace = Namespace.create(f"bench-{uuid.uuid4().hex[:6]}")
+    try:
+        for host in ("10.99.0.1/32", "10.99.0.2/32", "10.99.0.3/32"):
+            namespace.add_address("lo", host)
+        with namespace.entered(), socket.create_server(("10.99.0.1", 80)) as listener:
+            client = socket.create_connection(("10.99.0.1", 80), source_address=("10.99.0.3", 0))
+            server, _ = listener.accept()
+            client.sendall(_request("GET", "bench/1"))
+            time.sleep(0.05)
+            yield namespace, server
+            client.close()
+            server.close()
+    finally:
+        namespace.remove()
+
+
+def test_export(benchmark: BenchmarkFixture, pair: tuple[Namespace, socket.socket]) -> None:
+    """Freeze a connection with a request in its queue and serialise it."""
+    fd = pair[1].fileno()
+    benchmark.pedantic(
+        tcp_repair.export_state,
+        args=(fd,),
+        rounds=ROUNDS,
+        warmup_rounds=20,
+        teardown=lambda fd: tcp_repair.resume(fd, probe=False),
+    )
+
+
+def test_import(benchmark: BenchmarkFixture, pair: tuple[Namespace, socket.socket]) -> None:
+    """Rebuild it at another address, up to the commit."""
+    state = tcp_repair.export_state(pair[1].fileno())
+    made: list[tcp_repair.Imported] = []
+
+    def rebuild() -> None:
+        made.append(tcp_repair.import_state(state, "10.99.0.2", 4700))
+
+    benchmark.pedantic(
+        rebuild, rounds=ROUNDS, warmup_rounds=20, teardown=lambda: made.pop().discard()
+    )
+    tcp_repair.resume(pair[1].fileno(), probe=False)
+
+
+# -- as a client sees it ---------------------------------------------------------------------
+
+
+def _first_octet(sock: socket.socket, request: bytes) -> None:
+    sock.sendall(request)
+    sock.recv(4096)
+
+
+def _fresh(benchmark: BenchmarkFixture, service: Service, to: Endpoint | None = None) -> float:
+    """A new connection for each request; seconds at the median."""
+    socks: list[socket.socket] = []
+
+    def setup() -> tuple[tuple[socket.socket, bytes], dict[str, Any]]:
+        socks.append(service.connect(to))
+        return (socks[-1], service.requests["be1"]), {}
+
+    benchmark.pedantic(
+        _first_octet,
+        setup=setup,
+        rounds=ROUNDS,
+        warmup_rounds=50,
+        teardown=lambda *_: socks.pop().close(),
+    )
+    return float(benchmark.stats.stats.median)
+
+
+def _report(benchmark: BenchmarkFixture, what: str, seconds: float) -> None:
+    benchmark.extra_info["median_us"] = round(seconds * 1e6, 1)
+    print(f"\n{what}: {seconds * 1e6:.0f} us at the median")
+
+
+def test_first_octet_handed_over(benchmark: BenchmarkFixture, quiet: Service) -> None:
+    """Request out to response in, the connection changing hands in between."""
+    median = _fresh(benchmark, quiet)
+    assert quiet.cluster.status()["counters"]["handoffs"] >= ROUNDS
+    _report(benchmark, f"handed over (goal {GOAL * 1e6:.0f} us)", median)
+
+
+def test_first_octet_moving_between_backends(benchmark: BenchmarkFixture, quiet: Service) -> None:
+    """One kept-alive connection whose every request belongs to the other backend."""
+    turns = 0
+    with contextlib.closing(quiet.connect()) as sock:
+
+        def setup() -> tuple[tuple[socket.socket, bytes], dict[str, Any]]:
+            nonlocal turns
+            turns += 1
+            time.sleep(0.001)
+            return (sock, quiet.requests[f"be{1 + turns % 2}"]), {}
+
+        benchmark.pedantic(_first_octet, setup=setup, rounds=ROUNDS, warmup_rounds=50)
+    _report(benchmark, "from backend to backend", float(benchmark.stats.stats.median))
+
+
+def test_first_octet_kept(benchmark: BenchmarkFixture, quiet: Service) -> None:
+    """A kept-alive connection whose owner has the object: what all later requests cost."""
+    with contextlib.closing(quiet.connect()) as sock:
+
+        def setup() -> tuple[tuple[socket.socket, bytes], dict[str, Any]]:
+            time.sleep(0.001)
+            return (sock, quiet.requests["be1"]), {}
+
+        benchmark.pedantic(_first_octet, setup=setup, rounds=ROUNDS, warmup_rounds=50)
+    _report(benchmark, "no handoff needed", float(benchmark.stats.stats.median))
+
+
+def test_first_octet_relayed(benchmark: BenchmarkFixture, relaying: Service) -> None:
+    """The same through a frontend that relays."""
+    median = _fresh(benchmark, relaying)
+    assert relaying.cluster.status()["counters"]["relays"] >= ROUNDS
+    _report(benchmark, "relayed", median)
+
+
+def test_first_octet_direct(benchmark: BenchmarkFixture, quiet: Service) -> None:
+    """The same asked of the backend itself: what no proxy can be faster than."""
+    place = quiet.cluster.config("fe1").nodes[0]
+    median = _fresh(benchmark, quiet, Endpoint(place.address, place.relay_port))
+    _report(benchmark, "asked directly", median)
+
+
+# -- where the time goes ---------------------------------------------------------------------
+
+
+def _events(log: Path, name: str) -> dict[str, dict[str, int]]:
+    """The steps of each handoff in a log, by flow."""
+    found = {}
+    for line in log.read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            entry = json.loads(line)
+            if entry.get("event") == name:
+                found[str(entry["flow"])] = entry["steps"]
+    return found
+
+
+def _stages(traced: Service, rounds: int) -> tuple[dict[str, list[float]], list[float]]:
+    """Seconds of each stage, from the traces, and as the client has seen the whole."""
+    seen: dict[str, float] = {}
+    for _ in range(rounds):
+        with contextlib.closing(traced.connect()) as sock:
+            host, port = sock.getsockname()
+            began = time.perf_counter()
+            _first_octet(sock, traced.requests["be1"])
+            seen[f"{host}:{port}->{traced.service}"] = time.perf_counter() - began
+    time.sleep(0.2)
+    outs = _events(traced.cluster.node("fe1").log, "handoff-out")
+    ins = _events(traced.cluster.node("be1").log, "handoff-in")
+    stages: dict[str, list[float]] = defaultdict(list)
+    totals = []
+    for flow, total in seen.items():
+        if flow not in outs or flow not in ins:
+            continue
+        steps = {name: at for name, at in outs[flow].items() if name != "answer"} | ins[flow]
+        last = 0
+        for name, at in steps.items():
+            stages[name].append((at - last) / 1e9)
+            last = at
+        stages["(client, wires, wake-up of the frontend)"].append(total - last / 1e9)
+        totals.append(total)
+    return stages, totals
+
+
+def test_stages(traced: Service, capsys: pytest.CaptureFixture[str]) -> None:
+    """A table of the stages' medians and shares."""
+    _stages(traced, 50)
+    stages, totals = _stages(traced, ROUNDS)
+    assert len(totals) > ROUNDS * 0.9
+    whole = statistics.median(totals)
+    with capsys.disabled():
+        print(f"\n\nA handoff, traced, {len(totals)} times; medians")
+        for name, values in stages.items():
+            middle = statistics.median(values)
+            print(f"  {name:42s} {middle * 1e6:8.1f} us {100 * middle / whole:6.1f} %")
+        print(f"  {'request out to first octet in':42s} {whole * 1e6:8.1f} us  100.0 %")

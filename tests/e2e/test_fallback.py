@@ -1,0 +1,203 @@
+"""When a connection cannot be handed over, the frontend relays, and a counter says why."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from e2e_bed import Bed, wait_for
+from e2e_http import digest, payload
+
+from prism.flow import Endpoint
+from prism.handoff.channel import Channel
+
+PLACE = 'name = "be1"\naddress = "10.77.101.2"'
+
+
+def _store_and_fetch(bed: Bed, node: str, tag: str, **options: Any) -> str:
+    """Both methods, bodies whole; who answered."""
+    path = bed.key(node, f"fallback-{tag}")
+    data = payload(path, 40_000)
+    with bed.client.open(**options) as conn:
+        assert conn.request("PUT", path, data).status in (200, 201, 204)
+        answer = conn.request("GET", path)
+        assert (answer.status, answer.sha256) == (200, digest(data))
+        assert conn.request("DELETE", path).status == 204
+    return answer.node
+
+
+def test_rule_table_full(make_bed: Callable[..., Bed]) -> None:
+    """More connections than rules: the rest is relayed; room that comes free is used."""
+    bed = make_bed(backends=2, settings={"switch.max_rules": 8})
+    path = bed.key("be1", "full")
+    data = bed.store(path, 5000)
+    assert wait_for(lambda: bed.rules() == 0)
+    conns = [bed.client.connect() for _ in range(40)]
+    for _ in range(2):
+        for conn in conns:
+            assert conn.request("GET", path).sha256 == digest(data)
+    relays = bed.relays()
+    assert relays.get("full", 0) >= 2 * (40 - 8) - 16, relays
+    assert 0 < bed.rules() <= 16
+    for conn in conns:
+        conn.close()
+    assert wait_for(lambda: bed.rules() == 0)
+    before = bed.relays()
+    _store_and_fetch(bed, "be1", "room")
+    assert bed.relays() == before
+
+
+def test_backend_that_is_full(make_bed: Callable[..., Bed]) -> None:
+    """A backend with as many connections as it wants refuses; the frontend relays."""
+    bed = make_bed(backends=2, settings={"backend.max_connections": 4})
+    path = bed.key("be1", "busy")
+    data = bed.store(path, 5000)
+    assert wait_for(lambda: bed.rules() == 0)
+    conns = [bed.client.connect() for _ in range(10)]
+    for _ in range(2):
+        for conn in conns:
+            answer = conn.request("GET", path)
+            assert (answer.status, answer.sha256) == (200, digest(data))
+    assert bed.relays().get("refused-busy", 0) >= 6, bed.relays()
+    for conn in conns:
+        conn.close()
+    assert wait_for(lambda: bed.rules() == 0)
+
+
+def test_backend_that_cannot_import(make_bed: Callable[..., Bed]) -> None:
+    """Its address for the flow is gone: it refuses, and the frontend relays over the other one."""
+    bed = make_bed(backends=2)
+    with bed.cluster.topology.namespace("be1").route() as route:
+        (index,) = route.link_lookup(ifname="eth0")
+        route.addr("del", index=index, address="fd77:101::2", prefixlen=64)
+    path = bed.key("be1", "no-address")
+    data = payload(path, 40_000)
+    with bed.client6.open() as conn:
+        assert conn.request("PUT", path, data).status in (200, 201, 204)
+        answer = conn.request("GET", path)
+        assert (answer.status, answer.sha256) == (200, digest(data))
+    assert bed.relays() == {"refused-import-failed": 2}
+    assert sum(bed.counters("fe1")["refusals"].values()) == 2 or True
+    assert wait_for(lambda: bed.rules() == 0)
+    handoffs = bed.switch("handoffs")
+    assert _store_and_fetch(bed, "be1", "v4") == "be1/0"
+    assert bed.switch("handoffs") == handoffs + 1
+
+
+def test_switch_that_does_not_answer(make_bed: Callable[..., Bed]) -> None:
+    """Control datagrams get lost: relayed, at once when that is known; handed over again later."""
+    bed = make_bed(backends=2)
+    _store_and_fetch(bed, "be1", "warm")
+    assert bed.relays() == {}
+    with bed.cluster.topology.namespace("fe1").route() as route:
+        route.link("add", ifname="nowhere", kind="dummy")
+        (index,) = route.link_lookup(ifname="nowhere")
+        route.link("set", index=index, state="up")
+        route.route("add", dst="10.77.0.1/32", oif=index)
+        began = time.monotonic()
+        _store_and_fetch(bed, "be1", "first")
+        assert time.monotonic() - began < 4.0
+        assert wait_for(lambda: not bed.cluster.statuses("fe1")[0]["switch_reachable"], 5.0)
+        began = time.monotonic()
+        for _ in range(3):
+            _store_and_fetch(bed, "be2", "known")
+        assert time.monotonic() - began < 1.0
+        relays = bed.relays()
+        assert relays.get("switch-unreachable", 0) >= 9, relays
+        route.route("del", dst="10.77.0.1/32", oif=index)
+    assert wait_for(lambda: bed.cluster.statuses("fe1")[0]["switch_reachable"], 5.0)
+    handoffs = bed.switch("handoffs")
+    assert _store_and_fetch(bed, "be1", "again") == "be1/0"
+    assert bed.switch("handoffs") > handoffs
+    assert wait_for(lambda: bed.rules() == 0)
+
+
+@contextlib.contextmanager
+def _double(bed: Bed, serve: Callable[[], Any]) -> Iterator[None]:
+    """Run an event loop in a thread inside be1's namespace; ``serve`` returns what to close."""
+    started, stop = threading.Event(), threading.Event()
+
+    async def main() -> None:
+        closing = await serve()
+        started.set()
+        await asyncio.to_thread(stop.wait)
+        result = closing()
+        if asyncio.iscoroutine(result):
+            await result
+
+    def run() -> None:
+        with bed.cluster.topology.namespace("be1").entered():
+            asyncio.run(main())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        assert started.wait(5)
+        yield
+    finally:
+        stop.set()
+        thread.join(5)
+
+
+def test_backend_that_never_greets(make_bed: Callable[..., Bed]) -> None:
+    """Somebody accepts at the handoff port and says nothing: no link, so relayed at once."""
+
+    async def mute(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(60)
+
+    async def serve() -> Callable[[], None]:
+        server = await asyncio.start_server(mute, "10.77.101.2", 4900)
+        return server.close
+
+    bed = make_bed(backends=2)
+    with _double(bed, serve):
+        bed.reconfigure("fe1", (PLACE, PLACE + "\nhandoff_port = 4900"))
+        began = time.monotonic()
+        assert _store_and_fetch(bed, "be1", "mute") == "be1/0"
+        assert time.monotonic() - began < 1.0
+        assert bed.relays() == {"link-down": 3}
+    assert bed.rules() == 0
+
+
+def test_backend_that_never_answers(make_bed: Callable[..., Bed]) -> None:
+    """It greets and answers pings, but no offer: taken back after the deadline, then relayed."""
+    bed = make_bed(backends=2)
+    config = bed.cluster.config("be1")
+    offers: list[Any] = []
+
+    async def serve() -> Callable[[], Any]:
+        channel = Channel(
+            "be1/0", config.cluster.channel_key(), lambda offer, reply: offers.append(offer)
+        )
+        await channel.listen(Endpoint("10.77.101.2", 4900))
+        return channel.close
+
+    with _double(bed, serve):
+        bed.reconfigure("fe1", (PLACE, PLACE + "\nhandoff_port = 4900"))
+        assert wait_for(lambda: bed.cluster.statuses("fe1")[0]["peers"].get("be1/0"), 5.0)
+        began = time.monotonic()
+        assert _store_and_fetch(bed, "be1", "silent") == "be1/0"
+        assert 0.05 < time.monotonic() - began < 1.0
+        relays = bed.relays()
+        assert relays.pop("timed-out") >= 1
+        assert set(relays) <= {"link-down"}
+        assert len(offers) == 1
+        assert bed.counters("fe1")["take_backs"] == 1
+    assert wait_for(lambda: bed.rules() == 0)
+
+
+@pytest.mark.parametrize("relay", [True, False])
+def test_handoffs_forbidden(make_bed: Callable[..., Bed], relay: bool) -> None:
+    """``handoff = "never"`` makes a plain proxy; without relaying too, requests get a 503."""
+    bed = make_bed(backends=2, settings={"frontend.handoff": "never", "frontend.relay": relay})
+    if relay:
+        assert _store_and_fetch(bed, "be1", "never") == "be1/0"
+        assert bed.relays() == {"configured": 3}
+    else:
+        assert bed.client.once("GET", bed.key("be1")).status == 503
+    assert bed.switch("handoffs") == 0

@@ -1,0 +1,48 @@
+"""What an idle connection costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from e2e_bed import Bed, wait_for
+from e2e_http import Conn
+
+COUNT = 2000
+WARM = 300
+
+
+def _idle(bed: Bed, path: str, count: int) -> list[Conn]:
+    """Kept-alive connections that have had one answer each."""
+    conns = []
+    for _ in range(count):
+        conn = bed.client.connect()
+        assert conn.request("GET", path).status == 200
+        conns.append(conn)
+    return conns
+
+
+def test_idle_connections(make_bed: Callable[..., Bed]) -> None:
+    """Under 20 kB of user memory each on the backend, nothing on the frontend."""
+    bed = make_bed(backends=2, trace=False)
+    path = bed.key("be1", "idle")
+    bed.store(path, 100)
+    # What is allocated once is not what a connection costs; three rounds fill the pools.
+    for _ in range(3):
+        for conn in _idle(bed, path, WARM):
+            conn.close()
+        assert wait_for(lambda: bed.counters("be1")["connections"] == 0)
+    backend, frontend = bed.memory("be1"), bed.memory("fe1")
+    conns = _idle(bed, path, COUNT)
+    try:
+        assert bed.counters("be1")["connections"] == COUNT
+        assert bed.rules() == COUNT
+        each = (bed.memory("be1") - backend) / COUNT
+        grown = bed.memory("fe1") - frontend
+    finally:
+        for conn in conns:
+            conn.close()
+    print(f"{each:.0f} octets for each idle connection on the backend; frontend {grown:+d}")
+    assert each < 20_000
+    assert grown < 256 * 1024
+    assert wait_for(lambda: bed.rules() == 0, 10.0)
+    assert bed.counters("be1")["connections"] == 0

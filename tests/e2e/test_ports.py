@@ -1,0 +1,109 @@
+"""A client that uses its port again while the switch still has the rule of its last connection."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from e2e_bed import Bed, wait_for
+from e2e_capture import capturing
+from e2e_http import Conn, digest
+
+CLUSTER = {"backends": 2}
+PORT = 41_000
+
+
+def _fetch(conn: Conn, path: str, wanted: str, *headers: tuple[str, str]) -> None:
+    answer = conn.request("GET", path, headers=headers)
+    assert (answer.status, answer.sha256) == (200, wanted)
+
+
+@pytest.mark.parametrize("end", ["reset", "vanish"])
+def test_port_used_again_at_once(shared: Bed, end: str) -> None:
+    """Each connection ends on the client's side only; the next one has the same port."""
+    paths = [shared.key(node, "again") for node in shared.backends]
+    hashes = [digest(shared.store(path, 20_000)) for path in paths]
+    before = shared.snapshot()
+    slowest = 0.0
+    for turn in range(20):
+        began = time.perf_counter()
+        conn = shared.client.connect(source_port=PORT + (end == "vanish"))
+        _fetch(conn, paths[turn % 2], hashes[turn % 2])
+        slowest = max(slowest, time.perf_counter() - began)
+        getattr(conn, end)()
+    # A vanished connection lives on at the backend, which learns of its end by a challenge ACK
+    # (RFC 5961, section 4): the client's SYN comes again after a second.
+    assert slowest < (0.5 if end == "reset" else 3.0)
+    conn = shared.client.connect(source_port=PORT + (end == "vanish"))
+    _fetch(conn, paths[0], hashes[0])
+    conn.close()
+    shared.assert_clean(before)
+
+
+def _server_closes(shared: Bed, port: int, path: str, wanted: str) -> None:
+    with shared.client.open(source_port=port) as conn:
+        _fetch(conn, path, wanted, ("Connection", "close"))
+        assert conn.at_end()
+
+
+def test_port_used_again_after_the_server_closed(shared: Bed) -> None:
+    """The rule outlives the connection by TIME_WAIT; the SYN's ask takes it away at once."""
+    path = shared.key("be1", "closed")
+    wanted = digest(shared.store(path, 20_000))
+    asked = shared.switch("syn_asked")
+    times = []
+    with capturing(shared.client.namespace) as capture:
+        for _ in range(10):
+            began = time.perf_counter()
+            _server_closes(shared, PORT + 2, path, wanted)
+            times.append(time.perf_counter() - began)
+    assert max(times) < 0.5, times
+    assert shared.switch("syn_asked") - asked >= 9
+    (talk,) = capture.talks().values()
+    assert talk.back.rsts == 0
+    syns = [packet for packet in talk.packets if packet.outgoing and packet.flags & 2]
+    assert len(syns) == 10, "a SYN had to be sent again"
+
+
+def test_forged_syn(shared: Bed) -> None:
+    """A SYN on a live flow disturbs nothing."""
+    from scapy.all import IP, TCP  # type: ignore[import-untyped]
+
+    path = shared.key("be1", "live")
+    wanted = digest(shared.store(path, 20_000))
+    import socket
+
+    with shared.client.open() as conn:
+        _fetch(conn, path, wanted)
+        raw = shared.client.namespace.socket(socket.AF_INET, socket.SOCK_RAW)
+        with raw:
+            raw = shared.client.namespace.run_inside(
+                lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
+            )
+            service = shared.client.service
+            for seq in (0, 1 << 31, 12345):
+                syn = IP(src=conn.local[0], dst=service.host) / TCP(
+                    sport=conn.local[1], dport=service.port, flags="S", seq=seq
+                )
+                raw.sendto(bytes(syn), (service.host, 0))
+                time.sleep(0.05)
+            raw.close()
+        for _ in range(3):
+            _fetch(conn, path, wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_rule_goes_after_time_wait(shared: Bed) -> None:
+    """A rule of a connection that its backend closed first stays for TIME_WAIT, and then goes."""
+    path = shared.key("be2", "wait")
+    wanted = digest(shared.store(path, 100))
+    assert wait_for(lambda: shared.rules() <= 2, 65.0)
+    rules = shared.rules()
+    for port in range(5):
+        _server_closes(shared, PORT + 10 + port, path, wanted)
+    closed = time.monotonic()
+    time.sleep(2.0)
+    assert shared.rules() == rules + 5
+    assert wait_for(lambda: shared.rules() <= rules, 65.0, pause=0.5)
+    assert time.monotonic() - closed > 55.0
