@@ -5,8 +5,9 @@
  * been handed over; the kernel routes them. docs/protocol.md says what each packet meets.
  *
  *   switch_maps.h     the maps            switch_rules.h    operations on the table
- *   switch_packet.h   finding headers     switch_control.h  control datagrams
- *   switch_rewrite.h  changing headers    switch_forward.h  TCP packets
+ *   switch_packet.h   finding headers     switch_owners.h   reverse entries of the table
+ *   switch_rewrite.h  changing headers    switch_control.h  control datagrams
+ *   switch_siphash.h  their MAC           switch_forward.h  TCP packets
  */
 #include "switch_control.h"
 #include "switch_forward.h"
