@@ -160,6 +160,18 @@ def test_quiet_means_that_no_packet_leaves(host: Namespace, address: str) -> Non
     sniffer.close()
 
 
+def test_a_live_connection_can_be_closed_quietly(host: Namespace) -> None:
+    client, server = pair(host, host, "127.0.0.1")
+    client.sendall(REQUEST)
+    until(lambda: server.recv(1000, socket.MSG_PEEK) == REQUEST)
+    settle(client)
+    sniffer = Sniffer(host)
+    tcp_repair.close_quietly(server.detach())
+    assert sniffer.segments() == []
+    client.close()
+    sniffer.close()
+
+
 @pytest.mark.parametrize("length", [0, 700, 60_000])
 @pytest.mark.parametrize("address", IP_FAMILIES)
 def test_half_closed_client(host: Namespace, address: str, length: int) -> None:
@@ -214,37 +226,53 @@ def test_taken_address_gets_the_next_port(host: Namespace, address: str) -> None
         tcp_repair.resume(server.fileno())
 
 
+def export_while_reading(server: socket.socket, stream: bytes, base: int) -> tuple[int, int]:
+    """Export again and again, reading a little in between; how many exports, how many refused."""
+    read = exports = moved = 0
+    while read < len(stream):
+        try:
+            state = tcp_repair.export_state(server.fileno())
+        except OSError as problem:
+            assert problem.errno == errno.EBUSY
+            moved += 1
+        else:
+            told = tcp_repair.describe(state)
+            end = (int(told["rcv_nxt"]) - base) % 2**32
+            begin = end - int(told["receive_queue"])
+            assert begin == read
+            assert state[tcp_repair.HEADER_SIZE :] == stream[begin:end]
+            exports += 1
+        tcp_repair.resume(server.fileno())
+        read += len(server.recv(2000))
+    return exports, moved
+
+
 @pytest.mark.parametrize("address", IP_FAMILIES)
 def test_exports_are_consistent_while_data_arrives(host: Namespace, address: str) -> None:
     client, server = pair(host, host, address)
     base = int(numbers(server)["rcv_nxt"])
-    total = 6 << 20
+    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # many segments, not few
+    total = 2 << 20
     stream = pattern(total)
-
-    def feed() -> None:
-        for offset in range(0, total, 3001):
-            client.sendall(stream[offset : offset + 3001])
-
-    feeder = threading.Thread(daemon=True, target=feed)
-    feeder.start()
-    read = exports = moved = 0
-    with client, server:
-        while read < total:
-            try:
-                state = tcp_repair.export_state(server.fileno())
-            except OSError as problem:
-                assert problem.errno == errno.EBUSY
-                moved += 1
-            else:
-                told = tcp_repair.describe(state)
-                end = (int(told["rcv_nxt"]) - base) % 2**32
-                begin = end - int(told["receive_queue"])
-                assert begin == read
-                assert state[tcp_repair.HEADER_SIZE :] == stream[begin:end]
-                exports += 1
-            tcp_repair.resume(server.fileno())
-            read += len(server.recv(40_000))
-        feeder.join()
+    cores = sorted(os.sched_getaffinity(0))
+    sender = os.fork()  # a thread would wait for the interpreter just when it matters
+    if sender == 0:
+        try:
+            os.sched_setaffinity(0, cores[-1:])  # truly at the same time
+            for offset in range(0, total, 400):
+                client.sendall(stream[offset : offset + 400])
+            os._exit(0)
+        finally:
+            os._exit(1)
+    os.sched_setaffinity(0, cores[:1])
+    try:
+        exports, moved = export_while_reading(server, stream, base)
+    finally:
+        os.sched_setaffinity(0, cores)
+        client.close()
+        server.close()
+        status = os.waitpid(sender, 0)[1]
+    assert status == 0
     assert exports > 50
     assert moved < exports / 10
 
