@@ -64,14 +64,19 @@ def backend(path: Path) -> None:
 
 @cli.command()
 @_config_option
-def switch(path: Path) -> None:
-    """Load the switch's data plane and look after it."""
+@click.option("--remove", is_flag=True, help="Take it away instead, with all its rules.")
+def switch(path: Path, remove: bool) -> None:
+    """Load the switch's data plane and look after it; it stays when this process ends."""
     from prism.config import load  # noqa: PLC0415
+    from prism.switch.run import remove as remove_switch  # noqa: PLC0415
     from prism.switch.run import run  # noqa: PLC0415
 
     config = load(path)
     if config.switch is None:
         raise ConfigError(f"{path}: has no [switch] section")
+    if remove:
+        remove_switch(config)
+        return
     sys.exit(run(config))
 
 

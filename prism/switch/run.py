@@ -16,7 +16,7 @@ from prism.switch.server import SwitchServer
 from prism.telemetry.metrics import Sampled
 from prism.telemetry.status import StatusServer
 
-__all__ = ["agent_settings", "run"]
+__all__ = ["agent_settings", "remove", "run"]
 
 
 def agent_settings(config: Config, switch: SwitchConfig) -> AgentSettings:
@@ -51,6 +51,26 @@ def run(config: Config) -> int:
         await main(config, switch, stop)
 
     return serve(worker, ["switch"], config.telemetry)
+
+
+def remove(config: Config) -> None:
+    """Take the data plane and every rule away; connections that were handed over break.
+
+    Raises:
+        ConfigError: the configuration has no eBPF switch.
+        SwitchError: an agent is running, or the kernel refuses.
+    """
+    switch = config.switch
+    if switch is None or switch.kind != "ebpf":
+        raise ConfigError("the configuration has no [switch] section of kind ebpf")
+    settings = agent_settings(config, switch)
+
+    async def flush() -> None:
+        agent = Agent(settings)
+        await agent.start()
+        await agent.flush()
+
+    asyncio.run(flush())
 
 
 async def _main_ebpf(config: Config, switch: SwitchConfig, stop: asyncio.Event) -> None:

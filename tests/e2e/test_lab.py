@@ -217,3 +217,21 @@ def test_sweeping_hits_what_begins_with_the_prefix_only(lab_name: str) -> None:
     assert_nothing_is_left(lab_name)
     with pytest.raises(ConfigError, match="at least 5"):
         sweep("p")
+
+
+def test_the_switch_outlives_its_agent_and_can_be_removed(lab_name: str) -> None:
+    def filters() -> str:
+        show = ["tc", "filter", "show", "dev", "client", "ingress"]
+        return cluster.exec("switch", show, capture_output=True, text=True).stdout
+
+    with Cluster(lab_name, backends=1) as cluster:
+        config = str(cluster.node("switch").config)
+        remove = [sys.executable, "-m", "prism", "switch", "-c", config, "--remove"]
+        refused = cluster.exec("switch", remove, capture_output=True, text=True)
+        assert refused.returncode == 1
+        assert "another agent" in refused.stderr
+        cluster.kill("switch", signal.SIGTERM)
+        assert "prism_switch" in filters()
+        assert cluster.exec("switch", remove).returncode == 0
+        assert filters() == ""
+        assert not (cluster.dir / "bpf/prism").exists()
