@@ -333,6 +333,7 @@ class Agent:
                 "leases": asdict(self._reaper.counters),
                 "provoked": self._provoker.sent,
                 "bad_datagrams": self._bad_datagrams,
+                "missed_events": self._holder.missed,
                 "strangers": self._holder.strangers,
                 "write_errors": self._tun.write_errors,
             },

@@ -27,6 +27,7 @@ class Holder:
     Attributes:
         strangers: packets that are no TCP segments of a flow; dropped.
         refused: packets of locked flows that were dropped because nothing is to be held.
+        missed: flows released by the check, for want of an event.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Holder:
         """
         self.strangers = 0
         self.refused = 0
+        self.missed = 0
         self._store = store
         self._tun = tun
         self._buffer = buffer
@@ -128,6 +130,7 @@ class Holder:
                 break
             rule = self._store.get(flow)
             if rule is None or not rule.locked:
+                self.missed += 1
                 self.release(flow)
             elif flow in expired:
                 self._buffer.drop(flow)

@@ -263,6 +263,7 @@ async def test_what_a_client_sends_during_the_lock_arrives_at_the_unlock(
     hold = agent.counter("hold")
     assert hold["held"] == hold["released"] >= 2
     assert (hold["octets"], hold["flows"]) == (0, 0)
+    assert agent.counter("missed_events") == 0
     assert agent.counter("write_errors") == 0
 
 
@@ -307,7 +308,7 @@ async def received_peek(sock: socket.socket, size: int) -> None:
 
 
 async def test_deleting_the_rule_releases_too(bed: Bed) -> None:
-    bed.agent()
+    agent = bed.agent()
     fe = await bed.join(bed.topology.frontends[0], "fe1/0", PORT)
     client, accepted, flow = bed.connect()
     added = await fe.request(Op.ADD, flow.pack(), locked=True, endpoint=flow.service)
@@ -317,6 +318,7 @@ async def test_deleting_the_rule_releases_too(bed: Bed) -> None:
     assert (await fe.request(Op.DELETE, flow.pack(), gen=added.gen)).status == Status.OK
     data, took = await received(accepted, 4)
     assert (data, took < 0.1) == (b"held", True)
+    assert agent.counter("missed_events") == 0
 
 
 async def test_a_flow_that_stays_locked_loses_its_packets_in_the_end(bed: Bed) -> None:

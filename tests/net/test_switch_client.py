@@ -342,9 +342,9 @@ async def test_a_table_that_was_lost_is_noticed() -> None:
     await server.start()
     local = Endpoint("127.0.0.1", 80)
     client = SwitchClient("fe1/0", server.endpoint, key, local, lease=0.1, delays=QUICK)
-    await client.start()
     lost: list[int | None] = []
     client.on_incarnation = lambda: lost.append(client.incarnation)
+    await client.start()
     await asyncio.sleep(0.1)
     assert lost == []
     await server.close()

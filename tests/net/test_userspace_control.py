@@ -200,6 +200,24 @@ def test_operations_on_a_flow_under_way_wait_their_turn(
         node.close()
 
 
+def test_who_waited_for_a_change_that_failed_may_have_it(
+    driven: tuple[UserspaceBed, Driver],
+) -> None:
+    bed, driver = driven
+    a, b, flow = bed.node("a").hello(), bed.node("b").hello(), fresh_flow()
+    gen = a.ask(Op.ADD, flow, locked=True).gen
+    driver.pause, driver.refuse = 0.1, {flow.pack()}
+    b.send(b.request(Op.CHOWN, flow, gen=gen))
+    time.sleep(0.02)
+    a.send(a.request(Op.CHOWN, flow, gen=gen))
+    assert b.answer().status == Status.FULL
+    driver.refuse = set()
+    assert a.answer().status == Status.OK
+    assert driver.rules[flow.pack()].owner == a.id
+    for node in (a, b):
+        node.close()
+
+
 def test_what_the_data_plane_refuses_does_not_stand(
     driven: tuple[UserspaceBed, Driver],
 ) -> None:
