@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -10,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from switch_bed import CONTROL, SERVICE, SwitchBed, bpffs
 
-from prism.flow import Endpoint, Flow
+from prism.flow import Endpoint, Flow, pack_address
 from prism.switch.control import Op, Status
 from prism.switch.table import RuleTable
 
@@ -152,3 +155,43 @@ def test_the_classifier_and_the_userspace_table_agree(
         assert {rule._replace(gen=0) for rule in bed.switch.rules()} == {
             rule._replace(gen=0) for rule in table.rules()
         }
+
+
+def test_racing_requests_leave_the_tables_consistent(
+    bed: SwitchBed, trio: list[ControlNode]
+) -> None:
+    """Every rule with its owner elsewhere has its reverse entry, and there is no other entry."""
+    owners = bed.switch._object.map("owners")
+    for rule in list(bed.switch.rules()):
+        assert bed.switch.delete(rule.flow, rule.gen)
+    failures: list[BaseException] = []
+
+    def play(node: ControlNode, seed: int) -> None:
+        chance = random.Random(seed)
+        endpoint = node.endpoint._replace(port=9000 + seed)
+        try:
+            for _ in range(1500):
+                flow = chance.choice(FLOWS[::2])
+                op = chance.choice([Op.ADD, Op.LOCK, Op.LOCK, Op.CHOWN, Op.CHOWN, Op.DELETE])
+                locked = chance.random() < 0.7
+                with contextlib.suppress(TimeoutError):  # dropped: the rule was just being deleted
+                    gen = node.ask(Op.GET, flow).gen
+                    node.ask(op, flow, gen=gen, owner_endpoint=endpoint, locked=locked)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=play, args=(node, seed)) for seed, node in enumerate(trio)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    expected = {
+        pack_address(rule.owner_endpoint.host)
+        + rule.flow[:16]
+        + rule.owner_endpoint.port.to_bytes(2, "big")
+        + rule.flow[32:34]
+        for rule in bed.switch.rules()
+    }
+    entries, _ = owners.batch()
+    assert {key for key, _ in entries} == expected
