@@ -336,6 +336,19 @@ async def test_a_chunked_body_is_read_to_the_octet(
     assert stream.peek() == b"NEXT"
 
 
+async def test_framing_without_data_does_not_hold_back_what_follows(
+    ends: tuple[socket.socket, PlainStream],
+) -> None:
+    client, stream = ends
+    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    body = RequestBody(stream, head_of("Transfer-Encoding: chunked"), timeout=1)
+    reading = asyncio.ensure_future(body.read())
+    for piece in (b"5\r", b"\n", b"h"):
+        await settle()
+        client.sendall(piece)
+    assert await reading == b"h"
+
+
 async def test_continue_is_sent_once_and_only_when_needed(
     ends: tuple[socket.socket, PlainStream],
 ) -> None:
@@ -565,6 +578,22 @@ async def test_a_file_larger_than_all_buffers(tmp_path: Path) -> None:
             await ask(port, b"GET /truncated HTTP/1.1\r\nHost: h\r\n\r\n")
         with pytest.raises(ConnectionResetError):
             await ask(port, b"GET /short HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n")
+
+
+async def test_files_are_closed(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"small")
+    before = open_files()
+    async with serving(Script(path)) as port:
+        get = b"GET /file HTTP/1.1\r\nHost: h\r\n\r\n"
+        assert (await ask(port, get * 3 + get.replace(b"GET", b"HEAD"))).count(b"small") == 3
+        path.write_bytes(b"")
+        await ask(port, get)
+    for _ in range(50):  # the test's own client closes when its loop comes round to it
+        if open_files() == before:
+            break
+        await settle()
+    assert open_files() == before
 
 
 async def test_a_client_that_does_not_read_is_dropped(tmp_path: Path) -> None:

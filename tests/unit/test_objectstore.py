@@ -59,6 +59,16 @@ def test_walks_in_key_order(keys: set[bytes], prefix: bytes, after: bytes, page:
             assert list(walk(tree, start, after, page)) == wanted
 
 
+def test_order_around_a_split_segment(tmp_path: Path) -> None:
+    objects = Objects(tmp_path, durable=False)
+    long = b"a" * 80
+    keys = sorted(long + tail for tail in (b"", b"!", b"/", b"/b", b"0", long + b"/c", long + b"!"))
+    for key in keys:
+        objects.upload(key).commit()
+    assert [key for key, _ in objects.list()[0]] == keys
+    objects.close()
+
+
 @pytest.mark.parametrize(
     "key",
     [b"\xff" * 1024, b"/".join([b"\xff"] * 512), b"a" * 1024, b"../../etc/passwd", b"."],
@@ -102,6 +112,32 @@ def test_uploads_are_seen_whole_or_not_at_all(tmp_path: Path) -> None:
     assert list(next((tmp_path / "tmp").iterdir()).iterdir()) == []
     objects.close()
     assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_synced_before_and_after_the_rename(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def spy_fsync(fd: int) -> None:
+        calls.append(Path(f"/proc/self/fd/{fd}").readlink().name)
+        fsync(fd)
+
+    def spy_rename(source: bytes, target: bytes) -> None:
+        rename(source, target)
+        calls.append("rename")
+
+    for durable in (True, False):
+        objects = Objects(tmp_path / str(durable), durable=durable)
+        monkeypatch.setattr(os, "fsync", spy_fsync)
+        monkeypatch.setattr(os, "rename", spy_rename)
+        objects.upload(b"dir/key").commit([b"x"])
+        objects.delete(b"dir/key")
+        monkeypatch.undo()
+        objects.close()
+    # The file; the tree, for the new directory; the directory, for the name in it and without it.
+    assert calls == ["1", "objects", "rename", "ddir", "ddir", "rename"]
 
 
 def test_many_fields_are_kept(tmp_path: Path) -> None:

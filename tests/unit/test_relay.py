@@ -10,6 +10,7 @@ import re
 import socket
 import struct
 import subprocess
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
@@ -210,7 +211,9 @@ async def test_expect_continue_is_the_upstreams_to_answer(tmp_path: Path) -> Non
         assert answer.startswith(b"HTTP/1.1 413 ")
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(get("/k", "Expect: 100-continue", "Content-Length: 3", method="PUT"))
+        started = time.monotonic()
         assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        assert time.monotonic() - started < 0.5
         writer.write(b"abc")
         assert (await reader.readline()).startswith(b"HTTP/1.1 201 ")
         writer.close()
