@@ -393,6 +393,14 @@ class TestQuery:
             await until(lambda: server.counters.bad_datagrams == 1)
             assert server.table.get(flow) is not None
 
+    async def test_a_question_read_together_with_an_answer_is_not_lost(self) -> None:
+        async with relayed() as (relay, _, client):
+            flow = fresh_flow().pack()
+            await self.send(relay, Message(Op.QUERY, AGENT, 1, flow=flow))
+            client.submit(Op.GET, flow, lambda reply: None)  # finds it before the loop does
+            assert client.counters.queries == 0  # no callback within another
+            await until(lambda: client.counters.queries == 1)
+
     async def test_nobody_but_the_agent_may_ask(self) -> None:
         async with relayed() as (relay, _, client):
             client.on_query = lambda flow, gen: pytest.fail("asked")
