@@ -54,7 +54,10 @@ def compile_bpf(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     flags = ["-O2", "-g", "-target", "bpf", "-mcpu=v3", "-Wall", "-Werror"]
     flags += [f"-D__TARGET_ARCH_{arch}", f"-I/usr/include/{multiarch}"]
-    subprocess.run([clang, *flags, "-c", str(source), "-o", str(target)], check=True)
+    # A failed build must not take away the classifier that is there, nor a running one half-read.
+    fresh = target.with_suffix(".new")
+    subprocess.run([clang, *flags, "-c", str(source), "-o", str(fresh)], check=True)
+    fresh.replace(target)
 
 
 class BuildExt(build_ext):
