@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -225,11 +226,35 @@ def test_a_deleted_rule_leaves_plain_forwarding(switch: EbpfSwitch, run: Callabl
     assert switch.delete(handed.flow, handed.stands.gen)
     for source, destination in (
         (handed.client, handed.service),
-        (handed.owner, handed.client),
         (handed.service, handed.client),
     ):
         packet = handed.packet(source, destination)
         assert run(packet) == (UNTOUCHED, bytes(packet))
+
+
+@pytest.mark.parametrize("end", ["chown", "delete"])
+def test_strays_of_a_former_owner_are_dropped_for_a_while(
+    switch: EbpfSwitch, run: Callable, end: str
+) -> None:
+    """A frozen socket's delayed ACK would make the client reset what is there next."""
+    handed = Handed(switch, 4)
+    if end == "delete":
+        assert switch.delete(handed.flow, handed.stands.gen)
+    else:
+        elsewhere = Endpoint("10.9.9.9", 4700)
+        gen = handed.stands.gen
+        status = switch._operate(Op.CHOWN, handed.flow, gen=gen, owner=NODE, endpoint=elsewhere)
+        assert status == Status.OK
+    stray = handed.packet(handed.owner, handed.client)
+    before = switch.counters()["dropped_stale"]
+    assert run(stray)[0] == SHOT
+    assert switch.counters()["dropped_stale"] == before + 1
+    former = switch._map("former")
+    key = Flow(handed.owner, handed.client).pack()  # struct prism_owner_key
+    remaining = int.from_bytes(former.get(key) or b"", sys.byteorder) - time.monotonic_ns()
+    assert 0 < remaining <= 2_000_000_000
+    former.put(key, time.monotonic_ns().to_bytes(8, sys.byteorder))
+    assert run(stray) == (UNTOUCHED, bytes(stray))
 
 
 def test_a_bare_syn_needs_the_agents_word(switch: EbpfSwitch, run: Callable) -> None:

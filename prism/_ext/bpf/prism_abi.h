@@ -145,6 +145,9 @@ struct prism_config {
 /* agent: one element; the agent's heartbeat, CLOCK_MONOTONIC. Older than this: nobody holds. */
 #define PRISM_AGENT_TIMEOUT_NS 1000000000ULL
 
+/* How long what a former owner still sends is dropped; longer than a delayed ACK takes. */
+#define PRISM_FORMER_NS 2000000000ULL
+
 /* stats: per-CPU array of __u64. */
 enum prism_stat {
 	PRISM_STAT_HELLO,

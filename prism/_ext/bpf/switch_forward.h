@@ -189,6 +189,14 @@ static __always_inline int from_owner(struct __sk_buff *skb, const struct packet
 	return TC_ACT_OK;
 }
 
+/* Whether (source, destination) was an owner and its client until a moment ago. */
+static __always_inline bool from_former_owner(const union flow_key *key)
+{
+	__u64 *until = bpf_map_lookup_elem(&former, key);
+
+	return until && bpf_ktime_get_ns() < *until;
+}
+
 static __always_inline int handle_tcp(struct __sk_buff *skb, const struct packet *packet,
 				      const struct prism_config *config)
 {
@@ -215,6 +223,8 @@ static __always_inline int handle_tcp(struct __sk_buff *skb, const struct packet
 	rule = bpf_map_lookup_elem(&rules, &flow);
 	if (rule)
 		return from_owner(skb, packet, &flow, rule, false);
+	if (from_former_owner(&packet->key))
+		return dropped(DROP_STALE, segments(skb));
 	return TC_ACT_UNSPEC;
 }
 

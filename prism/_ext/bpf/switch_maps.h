@@ -68,6 +68,18 @@ struct {
 	__type(value, __u64);
 } syn_pass SEC(".maps");
 
+/*
+ * Where an owner was until a moment ago -> CLOCK_MONOTONIC until which what it still sends is
+ * dropped. A frozen socket's delayed ACK, say, fires all the same: the client would answer such a
+ * stray with a reset, and that could hit the next connection at the same place.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 65536);
+	__type(key, struct prism_owner_key);
+	__type(value, __u64);
+} former SEC(".maps");
+
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, PRISM_STAT_COUNT);

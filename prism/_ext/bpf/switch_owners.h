@@ -103,4 +103,15 @@ static __noinline int release(const struct prism_flow *flow, const __u32 *addr, 
 	return 0;
 }
 
+/* The owner was there until now: `release`, and drop what it still sends. */
+static __noinline int leave(const struct prism_flow *flow, const __u32 *addr, __be16 port)
+{
+	union flow_key key;
+	__u64 until = bpf_ktime_get_ns() + PRISM_FORMER_NS;
+
+	owner_key(&key, flow, addr, port);
+	bpf_map_update_elem(&former, &key, &until, BPF_ANY);
+	return release(flow, addr, port);
+}
+
 #endif

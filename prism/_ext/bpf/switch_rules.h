@@ -247,7 +247,7 @@ static __always_inline int rule_delete(struct scratch *scratch, const struct req
 	if (status != PRISM_OK)
 		return status;
 	if (!at_service(&msg->flow, (const __u32 *)was->owner_addr, was->owner_port))
-		release(&msg->flow, (const __u32 *)was->owner_addr, was->owner_port);
+		leave(&msg->flow, (const __u32 *)was->owner_addr, was->owner_port);
 	bpf_map_delete_elem(&rules, &msg->flow);
 	count(PRISM_STAT_DELETED);
 	if (held)
@@ -352,7 +352,7 @@ static __always_inline int rule_chown(struct scratch *scratch, const struct requ
 	}
 	if (!(was->owner_port == msg->owner_port && same_words(was->owner_addr, addr, 4)) &&
 	    !at_service(&msg->flow, (const __u32 *)was->owner_addr, was->owner_port))
-		release(&msg->flow, (const __u32 *)was->owner_addr, was->owner_port);
+		leave(&msg->flow, (const __u32 *)was->owner_addr, was->owner_port);
 	if (was->owner != by->owner)
 		count(PRISM_STAT_HANDOFFS);
 	if (held)

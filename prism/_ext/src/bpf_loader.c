@@ -26,8 +26,8 @@ struct prism_bpf {
 };
 
 /* The maps that outlive a process. config comes last: its pin says that the others are there. */
-static const char *const PINNED[] = {"rules", "owners",	  "nodes",  "agent",
-				     "stats", "syn_pass", "events", "config"};
+static const char *const PINNED[] = {"rules",	 "owners", "nodes",  "agent", "stats",
+				     "syn_pass", "former", "events", "config"};
 #define PINNED_COUNT (sizeof(PINNED) / sizeof(PINNED[0]))
 
 /* ---- what libbpf says: kept for the error message, under a lock, for it is per process ---- */
