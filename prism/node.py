@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 MAX_HOPS = 4  # owners a connection may pass for one request; then it is relayed
 _COOKIES = (1 << 63) - 1
+LINKS_PATIENCE = 1.0  # seconds
 SWEEP = 1.0  # seconds between two looks for connections that wait too long
 
 
@@ -120,7 +121,12 @@ class Node:
         self._sweeper = asyncio.get_running_loop().create_task(self._sweep())
 
     async def publish(self) -> None:
-        """Answer on the status socket: the sign that the node is ready."""
+        """Answer on the status socket: the sign that the node is ready.
+
+        A cluster that starts has its nodes wait for each other here, so that the first requests
+        are handed over already; but a node that is down must not keep the others waiting.
+        """
+        await self.peers.wait_connected(LINKS_PATIENCE)
         telemetry = self.config.telemetry
         await self._status.start(
             telemetry.status_path(self.worker), telemetry.metrics_endpoint(self.worker)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from time import monotonic
 
 from prism.config import Config
@@ -31,6 +32,11 @@ class Peers:
                 continue
             for name, endpoint in zip(node.worker_names, node.handoff_endpoints, strict=True):
                 self._links[name] = self._channel.link(name, endpoint)
+
+    async def wait_connected(self, seconds: float) -> None:
+        """Wait until every link is up, ``seconds`` at most."""
+        waiting = (link.wait_connected(seconds) for link in self._links.values())
+        await asyncio.gather(*waiting)
 
     def link(self, node: Node, flow: bytes) -> tuple[str, Link | None]:
         """The worker of ``node`` for this flow, and the link to it if it can be used now."""
