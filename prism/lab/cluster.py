@@ -31,6 +31,7 @@ __all__ = ["Cluster", "Node", "Options"]
 
 _READY_PATIENCE = 20.0
 _STOP_PATIENCE = 8.0
+_LINK_PATIENCE = 3.0
 _POLL = 0.02
 
 
@@ -271,12 +272,24 @@ class Cluster:
                 time.sleep(_POLL)
 
     def _ready(self, node: Node) -> bool:
+        """Whether all workers answer and have their links to all nodes that run."""
         for path in self.status_sockets(node.name):
             try:
-                read_status(path, timeout=1.0)
+                status = read_status(path, timeout=1.0)
             except PrismError:
                 return False
+            for peer, usable in status.get("peers", {}).items():
+                there = self.nodes.get(peer.partition("/")[0])
+                if not usable and there is not None and there.alive:
+                    return False
         return True
+
+    def _wait_linked(self) -> None:
+        """Give the others a moment for their links to a node that has come back."""
+        deadline = time.monotonic() + _LINK_PATIENCE
+        others = [node for node in self.nodes.values() if node.alive]
+        while time.monotonic() < deadline and not all(self._ready(node) for node in others):
+            time.sleep(_POLL)
 
     def _write_state(self) -> None:
         files.write_state(self.name, self.options, list(self.nodes.values()), keeper=self.keeper)
@@ -347,6 +360,7 @@ class Cluster:
         self._start(node)
         self._write_state()
         self._wait_ready([node])
+        self._wait_linked()
 
     def status_sockets(self, name: str) -> list[Path]:
         """The status sockets of a process's workers."""

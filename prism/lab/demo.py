@@ -2,7 +2,7 @@
 
 Brings up one frontend and two backends, stores and fetches objects of several sizes with curl over
 one kept-alive connection, compares every octet, and shows each handoff step by step from the
-nodes' own traces. ``python -m prism.lab.demo``; exit code 0 only if everything was as it should be.
+nodes' own traces. ``python -m prism.lab.demo [NAME]``; exit code 0 only if all was as it should be.
 """
 
 from __future__ import annotations
@@ -243,13 +243,13 @@ def summarise(
     console.print(f"rules {status['rules']}  {counters}")
 
 
-def main() -> int:
-    """Run the demo; the exit code."""
+def main(name: str = NAME) -> int:
+    """Run the demo in a lab of this name; the exit code."""
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
     try:
-        with Cluster(NAME, backends=2) as cluster:
+        with Cluster(name, backends=2) as cluster:
             nodes = ", ".join(cluster.nodes)
-            console.print(f"Cluster {NAME} is up ({nodes}); the service is {cluster.url}\n")
+            console.print(f"Cluster {name} is up ({nodes}); the service is {cluster.url}\n")
             directory = cluster.dir / "demo"
             directory.mkdir()
             objects = make_objects(cluster, directory)
@@ -264,7 +264,7 @@ def main() -> int:
     except KeyboardInterrupt:
         console.print("demo: interrupted; everything has been taken down")
         return 130
-    wrong += [f"left behind: {left.name}" for left in namespaces_of(NAME)]
+    wrong += [f"left behind: {left.name}" for left in namespaces_of(name)]
     for problem in wrong:
         console.print(f"wrong: {problem}", style="red")
     console.print("Everything taken down. " + ("All good." if not wrong else "Not good."))
@@ -272,4 +272,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:2]))

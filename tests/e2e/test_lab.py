@@ -235,3 +235,24 @@ def test_the_switch_outlives_its_agent_and_can_be_removed(lab_name: str) -> None
         assert cluster.exec("switch", remove).returncode == 0
         assert filters() == ""
         assert not (cluster.dir / "bpf/prism").exists()
+
+
+def test_several_frontends_and_workers_serve_both_families(lab_name: str) -> None:
+    put = ["curl", "-sSf", "--max-time", "10", "-T", "/etc/hostname"]
+    get = ["curl", "-sSf", "--max-time", "10"]
+    expected = Path("/etc/hostname").read_text()
+    with Cluster(lab_name, backends=2, frontends=2, workers=2, rate="200mbit") as cluster:
+        for number in range(12):
+            here, there = (cluster.url, cluster.url6)[:: 1 if number % 2 else -1]
+            assert cluster.exec("client", [*put, f"{here}/k{number}"]).returncode == 0
+            fetched = cluster.exec(
+                "client", [*get, f"{there}/k{number}"], capture_output=True, text=True
+            )
+            assert fetched.stdout == expected
+        wait_for(lambda: cluster.status()["counters"]["handoffs"] == 24)
+        accepted = {
+            name: [status["counters"]["accepted"] for status in cluster.statuses(name)]
+            for name in ("fe1", "fe2")
+        }
+        assert sum(map(sum, accepted.values())) == 24
+        assert all(sum(counts) for counts in accepted.values())
