@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import uvloop
+
 from prism.flow import Endpoint
 from prism.switch.agent import Agent, AgentSettings
 
@@ -41,4 +43,4 @@ async def main() -> None:
     await agent.stop()
 
 
-asyncio.run(main())
+uvloop.run(main())  # as prism-proxy does
