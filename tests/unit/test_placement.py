@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import timeit
 from collections import Counter
 
 import pytest
@@ -140,8 +141,7 @@ def test_the_configuration_makes_the_placement(kind: str) -> None:
     assert placement.choose("/x") == Node.of(NodeConfig(name="be1", address="10.0.0.2", weight=3))
 
 
-def test_choosing_among_four_nodes_is_quick(benchmark) -> None:
+def test_choosing_among_four_nodes_takes_under_two_microseconds() -> None:
     placement = Partitioned(nodes(1, 1, 1, 1))
-    benchmark(placement.choose, "/bucket/object-4711")
-    if benchmark.stats is not None:  # none with --benchmark-disable
-        assert benchmark.stats.stats.median < 2e-6
+    quickest = min(timeit.repeat(lambda: placement.choose("/b/object-4711"), number=2000, repeat=9))
+    assert quickest / 2000 < 2e-6
