@@ -191,6 +191,12 @@ class World:
             node = copy.node
             node.submit(Op.DELETE, lambda reply: node.doubt(reply is None), gen=copy.gen)
 
+    def fails(self, what: str) -> bool:
+        """Whether this step fails; it does once."""
+        failing = what in self.failing
+        self.failing.discard(what)
+        return failing
+
     # The network.
 
     def deliver(self, index: int) -> None:
@@ -214,6 +220,20 @@ class World:
         self.datagrams = [entry for entry in self.datagrams if entry[1] is not pending]
         self.replies = [entry for entry in self.replies if entry[1] is not pending]
 
+    def outage(self, heard: bool) -> None:
+        """Nobody hears the switch, which may have heard them; they give up, and try again."""
+        while heard and self.datagrams:
+            self.deliver(0)
+        self.datagrams.clear()
+        self.replies.clear()
+        for node in self.nodes:
+            for pending in list(node.pending):
+                node.give_up(pending)
+        for node in self.nodes:
+            timers, node.timers = node.timers, []
+            for timer in timers:
+                timer()
+
     def break_links(self, node: Node) -> None:
         for link in [link for link in self.links if node in link[:2]]:
             self.break_link(link)
@@ -234,6 +254,10 @@ class World:
                 break
         else:
             raise AssertionError("the cluster does not come to rest")
+        rule = self.table.get(FLOW)
+        if rule is not None:
+            owner = next(node for node in self.nodes if node.id == rule.owner)
+            assert self.copy_at(owner), f"{owner.name} owns a rule and has no connection"
         self.talk()
 
     def advance(self) -> bool:
@@ -386,7 +410,7 @@ class Outgoing(_Handoff):
 
     def freeze_export(self) -> None:
         self.copy.state = "frozen"
-        if "export" in self.world.failing:
+        if self.world.fails("export"):
             self.post(Event.EXPORT_FAILED)
         else:
             self.exported = self.copy.version
@@ -445,7 +469,7 @@ class Incoming(_Handoff):
         self.runner.post(Event.OFFER)
 
     def import_(self) -> None:
-        if "import" in self.world.failing:
+        if self.world.fails("import"):
             self.post(Event.IMPORT_FAILED)
             return
         while any(copy.port == self.port for copy in self.node.copies):
@@ -467,7 +491,7 @@ class Incoming(_Handoff):
             super().execute(command)
 
     def activate(self) -> None:
-        if "activate" in self.world.failing:
+        if self.world.fails("activate"):
             self.copy.drop()
             self.post(Event.ACTIVATE_FAILED)
         else:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from random import Random
 
+import pytest
 from handoff_world import FLOW, Outgoing, World
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -11,7 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from prism.handoff.machine import Event, SourceState
 
-EXAMPLES = int(os.environ.get("PRISM_SIMULATION_EXAMPLES", "200"))
+EXAMPLES = int(os.environ.get("PRISM_SIMULATION_EXAMPLES", "100"))
+HISTORIES = int(os.environ.get("PRISM_SIMULATION_HISTORIES", "400"))
 some = st.integers(0, 5)
 
 
@@ -75,6 +78,12 @@ class Cluster(RuleBasedStateMachine):
         else:
             node.transmit(pending)
 
+    @precondition(lambda self: any(node.pending for node in self.world.nodes))
+    @rule(heard=st.lists(st.booleans(), min_size=1, max_size=4))
+    def outage(self, heard: list[bool]) -> None:
+        for each in heard:
+            self.world.outage(each)
+
     @precondition(lambda self: any(node.timers for node in self.world.nodes))
     @rule(which=some)
     def timer(self, which: int) -> None:
@@ -93,8 +102,8 @@ class Cluster(RuleBasedStateMachine):
         next(each for each in self.world.handoffs if each.times_out()).timed_out()
 
     @rule(what=st.sampled_from(["export", "import", "activate"]))
-    def start_failing(self, what: str) -> None:
-        self.world.failing.symmetric_difference_update({what})
+    def fail_once(self, what: str) -> None:
+        self.world.failing.add(what)
 
     @precondition(lambda self: all(node.alive for node in self.world.nodes))
     @rule(which=st.integers(0, 2))
@@ -135,7 +144,7 @@ class Cluster(RuleBasedStateMachine):
 
 Cluster.TestCase.settings = settings(
     max_examples=EXAMPLES,
-    stateful_step_count=60,
+    stateful_step_count=40,
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
@@ -212,3 +221,63 @@ def test_a_deadline_just_after_the_commit_leaves_it_with_the_target():
     world.talk()
     assert backend.copies[0].version == world.version == 1
     world.check_at_rest()
+
+
+def disturb(cluster: Cluster, random: Random) -> None:
+    """One thing goes wrong, or merely happens."""
+    world = cluster.world
+    which = random.randrange(6)
+    waiting = any(node.pending for node in world.nodes)
+    match random.randrange(12):
+        case 0 | 1 if waiting:
+            for _ in range(random.randrange(1, 5)):
+                world.outage(random.random() < 0.5)
+        case 2 if world.links:
+            world.break_link(random.choice(world.links))
+        case 3 if any(each.times_out() for each in world.handoffs):
+            cluster.deadline()
+        case 4 if world.datagrams:
+            cluster.disturb_request(which, random.choice(("lose", "repeat", "overtake")))
+        case 5 if world.replies:
+            cluster.disturb_reply(which, random.random() < 0.5)
+        case 6 if waiting:
+            cluster.no_answer_yet(which, random.random() < 0.5, random.random() < 0.5)
+        case 7:
+            cluster.fail_once(random.choice(("export", "import", "activate")))
+        case 8 if random.random() < 0.2 and all(node.alive for node in world.nodes):
+            random.choice(world.nodes).crash()
+        case 9:
+            world.expire()
+        case 10 if random.random() < 0.2 and cluster._speaking():
+            cluster.finish()
+        case 11 if any(node.timers for node in world.nodes):
+            cluster.timer(which)
+
+
+def one_history(seed: int) -> None:
+    """Handoffs with pauses and mishaps between any two steps."""
+    random = Random(seed)
+    cluster = Cluster()
+    world = cluster.world
+    mishaps = random.choice((0.1, 0.3, 0.6))
+    for _ in range(40):
+        if cluster._idle_copies() and not world.closed and random.random() < 0.4:
+            cluster.hand_over(random.randrange(6), random.randrange(1, 3))
+        for _ in range(random.randrange(4)):
+            world.advance()
+            world.check_fresh()
+        if random.random() < mishaps:
+            disturb(cluster, random)
+            world.check_fresh()
+        if random.random() < 0.4:
+            world.talk()
+    cluster.teardown()
+
+
+@pytest.mark.parametrize("block", range(8))
+def test_many_histories(block):
+    for seed in range(block * HISTORIES, (block + 1) * HISTORIES):
+        try:
+            one_history(seed)
+        except AssertionError as error:
+            raise AssertionError(f"history {seed}: {error}") from error
