@@ -230,6 +230,12 @@ class Connection:
             log.debug("%s: %s", self.flow, error)
             self.close(abort=True)
             return
+        except Exception:
+            log.exception("a request of %s failed", self.flow.client)
+            self.close(abort=True)
+            return
+        if self.state is State.CLOSED:
+            return
         if rest is None and exchange.settled and exchange.keep_alive:
             self._answered(exchange)
             if not self._reading:  # it was off while a handoff was tried

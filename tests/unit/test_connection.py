@@ -205,6 +205,22 @@ async def test_a_response_that_breaks_off_is_reset(make_bed: Any) -> None:
     assert bed.keeper.ended == [bed.connection]
 
 
+@pytest.mark.parametrize("started", [False, True])
+async def test_an_app_that_fails_at_once_is_reset(make_bed: Any, started: bool) -> None:
+    class Fails:
+        def handle(self, exchange: Exchange) -> Any:
+            if started:
+                exchange.start(200, (), 100)
+                raise HttpError(500, "too late for an answer")
+            raise RuntimeError("broken on purpose")
+
+    bed = make_bed(Fails())
+    await bed.send(get("a"))
+    with pytest.raises(ConnectionResetError):
+        await bed.receive()
+    assert bed.keeper.ended == [bed.connection]
+
+
 async def test_a_client_that_leaves_closes_the_connection_once(make_bed: Any) -> None:
     bed = make_bed()
     await bed.send(get("a")[:-5])
