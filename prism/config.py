@@ -118,7 +118,7 @@ class ClusterConfig(_Section):
         description="Service addresses the clients connect to; the default of `frontend.listen`.",
     )
     lease: float = Field(
-        1.0, ge=0.1, le=60, description="Seconds without renewal after which a node counts as dead."
+        2.0, ge=0.1, le=60, description="Seconds without renewal after which a node counts as dead."
     )
 
     _secret: bytes = PrivateAttr(b"")
@@ -227,7 +227,10 @@ class _Serving(_Identity):
 
     backlog: int = Field(4096, ge=1, le=65535, description="Length of the listen queues.")
     max_connections: int = Field(
-        65536, ge=1, le=10_000_000, description="Connections of one worker; more are refused."
+        65536,
+        ge=1,
+        le=10_000_000,
+        description="Clients' connections of one worker, and as many relayed ones; more are refused.",
     )
     max_head_size: int = Field(
         16384,
