@@ -54,6 +54,7 @@ class Backend(Node):
     Attributes:
         rules: by packed flow, the rules that name this worker as the owner.
         taking: handoffs to this worker under way, by packed flow.
+        relayed_in: how many of the connections are other nodes', for what they relay.
     """
 
     role = "backend"
@@ -66,6 +67,7 @@ class Backend(Node):
         self.backend: BackendConfig = config.backend
         self.rules: dict[bytes, Owned] = {}
         self.taking: dict[bytes, Incoming] = {}
+        self.relayed_in = 0
         self.monitor = SockDiagMonitor()
         self.store = ObjectStore(self.backend.store, max_size=self.backend.max_object_size)
         self.listing = Listing(self.peers.placement.nodes)
@@ -100,10 +102,12 @@ class Backend(Node):
 
     def _accepted(self, sock: socket.socket, client: Endpoint, local: Endpoint) -> None:
         """A node relays to this one."""
-        if len(self.connections) >= self.backend.max_connections:
+        # Counted apart: what is not taken over because this worker is full has to be relayed.
+        if self.relayed_in >= self.backend.max_connections:
             self.metrics.connections_refused += 1
             sock.close()
             return
+        self.relayed_in += 1
         flow = Flow(client, local)
         key = flow.pack()
         connection = Connection(
@@ -111,6 +115,12 @@ class Backend(Node):
         )
         self.connections[key] = connection
         connection.start()
+
+    def closed(self, connection: Connection) -> None:
+        """Forget a connection."""
+        if connection.relayed_in and connection.key in self.connections:
+            self.relayed_in -= 1
+        super().closed(connection)
 
     # -- requests --------------------------------------------------------------------------
 
@@ -132,8 +142,9 @@ class Backend(Node):
         if self.stopping:
             reply(Refused(Reason.DRAINING, f"{self.name} is stopping"))
             return
-        if len(self.connections) + len(self.taking) >= self.backend.max_connections:
-            reply(Refused(Reason.BUSY, f"{self.name} has {len(self.connections)} connections"))
+        owned = len(self.connections) - self.relayed_in + len(self.taking)
+        if owned >= self.backend.max_connections:
+            reply(Refused(Reason.BUSY, f"{self.name} has {owned} connections"))
             return
         moving = self.moving.get(offer.flow)
         if moving is not None:
@@ -221,15 +232,21 @@ class Backend(Node):
 
     def alive(self, flow: bytes, gen: int) -> bool:
         """Whether the connection of a flow exists; one in TIME_WAIT does not count."""
-        if super().alive(flow, gen) or flow in self.taking:
+        if self.in_transit(flow):
             return True
         owned = self.rules.get(flow)
         if owned is None:
             return False
-        if owned.ended:
-            del self.rules[flow]  # the caller removes it from the switch
-            return False
-        return True
+        client = Flow.unpack(flow).client
+        # The kernel knows best: this process may not have heard yet that the client has gone.
+        if not owned.ended and self.monitor.alive(owned.local, client):
+            return True
+        del self.rules[flow]  # the caller removes it from the switch
+        self.monitor.forget(owned.local, client)
+        connection = self.connections.get(flow)
+        if connection is not None:
+            connection.close(abort=True)
+        return False
 
     def _gone(self, flow: bytes, owned: Owned, gone: Gone) -> None:
         """The kernel has forgotten a connection, or keeps only its TIME_WAIT state."""

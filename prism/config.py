@@ -230,7 +230,7 @@ class _Serving(_Identity):
         65536,
         ge=1,
         le=10_000_000,
-        description="Clients' connections of one worker, and as many relayed ones; more are refused.",
+        description="Connections of one worker; more are refused. Relayed ones count apart.",
     )
     max_head_size: int = Field(
         16384,
