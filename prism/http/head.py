@@ -24,7 +24,7 @@ from urllib.parse import unquote_to_bytes
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 
-from prism.errors import PrismError
+from prism.http.refusal import TOKEN, HttpError, explain_fields, explain_request_line
 
 __all__ = ["METHODS", "HttpError", "Limits", "RequestHead", "normalise_path", "parse_head"]
 
@@ -34,12 +34,11 @@ METHODS: Final = frozenset(
 )
 """Methods that are accepted; others are answered 501 (RFC 9110, section 9.1)."""
 
-_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-_REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([!-~]+) HTTP/([0-9])\.([0-9])\r\n")
+_REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/([0-9])\.([0-9])\r\n")
 # The look-behind keeps a search over hostile input linear: a field can only begin after a line's
 # end. Whatever the search skips is missed in the sum of lengths, and then looked at closely.
-_FIELD = re.compile(rb"(?<=\n)(" + _TOKEN + rb"):([\t -~\x80-\xff]*)\r\n")
-_LINE_STARTS = re.compile(rb"(?:" + _TOKEN + rb"(?: [!-~]*(?: [HTTP/0-9.]*)?)?)?\Z")
+_FIELD = re.compile(rb"(?<=\n)(" + TOKEN + rb"):([\t -~\x80-\xff]*)\r\n")
+_LINE_STARTS = re.compile(rb"(?:" + TOKEN + rb"(?: [!-~]*(?: [HTTP/0-9.]*)?)?)?\Z")
 _HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z\-._~!$&'()*+,;=%]+)(?::[0-9]*)?\Z")
 _ABSOLUTE = re.compile(rb"(?i:https?)://([^/?]*)(.*)\Z")
 _BAD_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})|%00")
@@ -47,24 +46,6 @@ _SPECIAL = frozenset(
     (b"host", b"content-length", b"transfer-encoding", b"connection", b"expect", b"upgrade")
 )
 _MAX_LENGTH = (1 << 63) - 1
-
-
-class HttpError(PrismError):
-    """A request that is answered with an error status.
-
-    Attributes:
-        status: the HTTP status code.
-        detail: what is wrong, for the client to read.
-        headers: further response header fields, for example ``Allow``.
-    """
-
-    def __init__(
-        self, status: int, detail: str, headers: tuple[tuple[bytes, bytes], ...] = ()
-    ) -> None:
-        super().__init__(f"{status}: {detail}")
-        self.status = status
-        self.detail = detail
-        self.headers = headers
 
 
 class Limits(NamedTuple):
@@ -178,7 +159,7 @@ def parse_head(data: bytes, limits: Limits = DEFAULT_LIMITS) -> RequestHead | No
         return None
     line = _REQUEST_LINE.match(data, start, end + 2)
     if line is None:
-        raise _explain_request_line(data[start : data.index(b"\r\n", start)], limits)
+        raise explain_request_line(data[start : data.index(b"\r\n", start)], limits.max_target)
     return _build(data, line, end + 2, limits)
 
 
@@ -234,7 +215,7 @@ def _explain_framing(head: RequestHead, special: dict[bytes, list[bytes]], block
     """
     size = sum(len(name) + len(value) + 3 for name, value in _FIELD.findall(b"\n" + block))
     if size != len(block):
-        raise _explain_fields(block)
+        raise explain_fields(block)
     # The lines are well-formed, so it is the framing. The parser stops at the field it refuses.
     for key in (b"content-length", b"transfer-encoding"):
         values = [v.strip(b" \t") for n, v in _FIELD.findall(b"\n" + block) if n.lower() == key]
@@ -388,7 +369,7 @@ def _check_incomplete(data: bytes, start: int, limits: Limits) -> None:
     else:
         line = _REQUEST_LINE.match(data, start, last + 2)
         if line is None:
-            raise _explain_request_line(data[start : data.index(b"\r\n", start)], limits)
+            raise explain_request_line(data[start : data.index(b"\r\n", start)], limits.max_target)
         method, target, major, minor = line.groups()
         _check_request_line(method, target, major, minor, limits)
         if len(data) < limits.max_head:
@@ -402,10 +383,10 @@ def _check_fields(data: bytes, begin: int, end: int, limits: Limits) -> None:
     _check_count(data, begin, end, limits)
     size = sum(len(name) + len(value) + 3 for name, value in _FIELD.findall(data, begin, end))
     if begin + size != end:
-        raise _explain_fields(data[begin:end])
+        raise explain_fields(data[begin:end])
     rest = data[end:].removesuffix(b"\r")
     if rest and not _FIELD.match(b"\n" + rest + (b"\r\n" if b":" in rest else b":\r\n"), 1):
-        raise _explain_fields(rest)
+        raise explain_fields(rest)
 
 
 def _check_partial_line(line: bytes, limits: Limits) -> None:
@@ -415,39 +396,4 @@ def _check_partial_line(line: bytes, limits: Limits) -> None:
             raise HttpError(400, "the request does not begin with a method")
         raise HttpError(414, f"the request target is over {limits.max_target} octets")
     if not _LINE_STARTS.match(line.removesuffix(b"\r")):
-        raise _explain_request_line(line, limits)
-
-
-def _explain_request_line(line: bytes, limits: Limits) -> HttpError:
-    """Says what is wrong with a request line."""
-    if len(line) > limits.max_target + 64 and b" " in line[:64]:
-        return HttpError(414, f"the request target is over {limits.max_target} octets")
-    if b"\n" in line or b"\r" in line:
-        return HttpError(400, "lines must end with CR LF")
-    parts = line.split(b" ")
-    if not re.fullmatch(_TOKEN, parts[0]):
-        return HttpError(400, "the request does not begin with a method")
-    if len(parts) != 3:
-        return HttpError(400, "the request line is not method, target, version with single blanks")
-    if not re.fullmatch(rb"HTTP/[0-9]\.[0-9]", parts[2]):
-        return HttpError(400, "the request line does not end with an HTTP version")
-    return HttpError(400, "the request target has a character that must be percent-encoded")
-
-
-def _explain_fields(block: bytes) -> HttpError:
-    """Says what is wrong with a block of header field lines."""
-    for line in block.split(b"\r\n"):
-        if b"\n" in line or b"\r" in line:
-            return HttpError(400, "lines must end with CR LF")
-        if line.startswith((b" ", b"\t")):
-            return HttpError(400, "a folded header field line (RFC 9112, section 5.2)")
-        name, colon, value = line.partition(b":")
-        if line and not colon:
-            return HttpError(400, "a header field line without a colon")
-        if line and name.endswith((b" ", b"\t")):
-            return HttpError(400, "blanks between a header field's name and its colon")
-        if line and not re.fullmatch(_TOKEN, name):
-            return HttpError(400, "a header field's name is not a token")
-        if re.search(rb"[^\t -~\x80-\xff]", value):
-            return HttpError(400, "a control character in a header field's value")
-    return HttpError(400, "the header fields are malformed")
+        raise explain_request_line(line, limits.max_target)
