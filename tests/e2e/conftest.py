@@ -8,7 +8,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from e2e_bed import Bed, bed
+
+pytest.register_assert_rewrite("e2e_bed")
+
+from e2e_bed import Bed, bed  # noqa: E402
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -115,7 +115,7 @@ def test_broken_request_on_a_connection_that_moved(shared: Bed, name: str) -> No
         assert conn.request("GET", path).sha256 == digest(data)
         request, wanted = BROKEN[name]
         assert _answer(conn, request) in wanted
-    shared.assert_clean(before, timeout=7.0)
+    shared.assert_clean(before, timeout=7.0, closed_by_backend=1)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_broken_chunks(shared: Bed, body: bytes) -> None:
         except (Cut, ConnectionResetError):
             pytest.fail("closed without an answer")
     assert shared.client.once("GET", path).status == 404
-    shared.assert_clean(before, timeout=7.0)
+    shared.assert_clean(before, timeout=7.0, closed_by_backend=1)
 
 
 def test_body_that_is_too_large(shared: Bed) -> None:
@@ -150,4 +150,4 @@ def test_body_that_is_too_large(shared: Bed) -> None:
     with shared.client.open() as conn:
         conn.send(conn.head("PUT", path, [("Content-Length", str(10**15))]))
         assert conn.response("PUT").status == 413
-    shared.assert_clean(before, timeout=7.0)
+    shared.assert_clean(before, timeout=7.0, closed_by_backend=1)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 import time
 
 import pytest
 from e2e_bed import Bed, wait_for
 from e2e_capture import capturing
 from e2e_http import Conn, digest
+from scapy.all import IP, TCP
 
 CLUSTER = {"backends": 2}
 PORT = 41_000
@@ -67,19 +69,14 @@ def test_port_used_again_after_the_server_closed(shared: Bed) -> None:
 
 def test_forged_syn(shared: Bed) -> None:
     """A SYN on a live flow disturbs nothing."""
-    from scapy.all import IP, TCP  # type: ignore[import-untyped]
-
     path = shared.key("be1", "live")
     wanted = digest(shared.store(path, 20_000))
-    import socket
-
+    namespace = shared.client.namespace
     with shared.client.open() as conn:
         _fetch(conn, path, wanted)
-        raw = shared.client.namespace.socket(socket.AF_INET, socket.SOCK_RAW)
-        with raw:
-            raw = shared.client.namespace.run_inside(
-                lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
-            )
+        with namespace.run_inside(
+            lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW, 255)
+        ) as raw:
             service = shared.client.service
             for seq in (0, 1 << 31, 12345):
                 syn = IP(src=conn.local[0], dst=service.host) / TCP(
@@ -87,7 +84,6 @@ def test_forged_syn(shared: Bed) -> None:
                 )
                 raw.sendto(bytes(syn), (service.host, 0))
                 time.sleep(0.05)
-            raw.close()
         for _ in range(3):
             _fetch(conn, path, wanted)
 
