@@ -35,6 +35,11 @@ EXTENSIONS = [
     extension("tcp_repair", "tcp_state.c", "tcp_repair.c", "tcp_import.c", "tcp_fin.c"),
     extension("control", "siphash.c"),
     extension("bpf", "bpf_loader.c", libraries=("bpf",)),
+    extension(
+        "tls_record",
+        *("tls_keys.c", "tls_message.c", "tls_open.c", "tls_seal.c", "tls_state.c"),
+        libraries=("crypto",),
+    ),
 ]
 
 
