@@ -10,27 +10,16 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import ipaddress
-import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    PlainValidator,
-    PrivateAttr,
-    SecretStr,
-    ValidationError,
-    WithJsonSchema,
-    model_validator,
-)
+from pydantic import Field, PrivateAttr, SecretStr, ValidationError, model_validator
 
 from prism.config_errors import explain, report, syntax_line
+from prism.config_tls import TlsConfig
+from prism.config_types import Address, HostPort, Name, Port, Seconds, Section
 from prism.errors import ConfigError
 from prism.flow import Endpoint
 from prism.tomlpos import positions
@@ -46,58 +35,15 @@ __all__ = [
     "PlacementConfig",
     "SwitchConfig",
     "TelemetryConfig",
+    "TlsConfig",
     "load",
     "parse",
 ]
 
-_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 _MIN_KEY = 16
 
 
-def _address(value: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError("an IP address in quotes is wanted")
-    try:
-        return str(ipaddress.ip_address(value))
-    except ValueError:
-        raise ValueError(f"{value!r} is not an IP address (names are not looked up)") from None
-
-
-def _endpoint(value: object) -> Endpoint:
-    if isinstance(value, Endpoint):
-        return value
-    match = re.fullmatch(r"(?:\[([^\]]+)\]|([^:\[\]]+)):(\d{1,5})", str(value))
-    if not isinstance(value, str) or match is None:
-        raise ValueError(f'{value!r} is not "ADDRESS:PORT" (IPv6: "[ADDRESS]:PORT")')
-    port = int(match[3])
-    if not 1 <= port <= 65535:
-        raise ValueError(f"port {port} is not between 1 and 65535")
-    return Endpoint(_address(match[1] or match[2]), port)
-
-
-Address = Annotated[str, PlainValidator(_address), WithJsonSchema({"type": "IP address"})]
-"""An IPv4 or IPv6 address in canonical text."""
-
-HostPort = Annotated[
-    Endpoint,
-    PlainValidator(_endpoint),
-    PlainSerializer(str),
-    WithJsonSchema({"type": '"ADDRESS:PORT"'}),
-]
-"""An endpoint, written ``"192.0.2.1:80"`` or ``"[2001:db8::1]:80"``."""
-
-Port = Annotated[int, Field(ge=1, le=65535)]
-Seconds = Annotated[float, Field(gt=0, le=86400)]
-Name = Annotated[str, Field(pattern=_NAME)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=False, hide_input_in_errors=True, validate_default=True
-    )
-
-
-class ClusterConfig(_Section):
+class ClusterConfig(Section):
     """What all members of the cluster have in common. Required."""
 
     key: SecretStr | None = Field(
@@ -173,7 +119,7 @@ def _decode_key(text: str) -> bytes:
     return secret
 
 
-class _Identity(_Section):
+class _Identity(Section):
     """What names and places a node."""
 
     name: Name = Field(description="Name of the node, unique in the cluster.")
@@ -297,7 +243,7 @@ class BackendConfig(_Serving):
     )
 
 
-class SwitchConfig(_Section):
+class SwitchConfig(Section):
     """The switch: its data plane and the agent beside it."""
 
     kind: Literal["ebpf", "userspace"] = Field(
@@ -327,7 +273,7 @@ class SwitchConfig(_Section):
     )
 
 
-class PlacementConfig(_Section):
+class PlacementConfig(Section):
     """Which backend a request belongs to."""
 
     name: Literal["partitioned", "round-robin", "least-connections"] = Field(
@@ -336,7 +282,7 @@ class PlacementConfig(_Section):
     )
 
 
-class TelemetryConfig(_Section):
+class TelemetryConfig(Section):
     """What the process tells about itself."""
 
     log_level: Literal["debug", "info", "warning", "error"] = Field(
@@ -367,21 +313,28 @@ class TelemetryConfig(_Section):
         return listen and Endpoint(listen.host, listen.port + (worker or 0))
 
 
-class Config(_Section):
+class Config(Section):
     """A whole file. Sections of other roles may stand in it too."""
 
     cluster: ClusterConfig
     frontend: FrontendConfig | None = None
     backend: BackendConfig | None = None
     switch: SwitchConfig | None = None
+    tls: TlsConfig | None = None
     nodes: tuple[NodeConfig, ...] = Field((), max_length=1024)
     placement: PlacementConfig = PlacementConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
 
     @property
     def listen(self) -> tuple[Endpoint, ...]:
-        """Where the frontend listens."""
-        return (self.frontend.listen if self.frontend else ()) or self.cluster.services
+        """Where the frontend listens, with and without TLS."""
+        plain = (self.frontend.listen if self.frontend else ()) or self.cluster.services
+        return tuple(dict.fromkeys((*plain, *self.tls_listen)))
+
+    @property
+    def tls_listen(self) -> tuple[Endpoint, ...]:
+        """Those of :attr:`listen` that speak TLS."""
+        return self.tls.listen if self.tls else ()
 
 
 def load(path: str | Path) -> Config:
@@ -479,4 +432,6 @@ def _with_absolute_paths(config: Config, base: Path) -> Config:
         if (value := getattr(config.telemetry, key)) is not None
     }
     update["telemetry"] = config.telemetry.model_copy(update=files)
+    if config.tls is not None:
+        update["tls"] = config.tls.with_absolute_paths(base)
     return config.model_copy(update=update)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import SecretStr
+from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
 from prism.config import Config
@@ -42,11 +42,20 @@ def _section(name: str) -> str:
     if model is None:
         raise TypeError(f"Config.{name} is no section")
     heading = f"[[{name}]]" if name == "nodes" else f"[{name}]"
-    rows = "".join(_row(key, entry) for key, entry in model.model_fields.items())
+    rows = "".join(
+        _row(key, entry) + _rows_below((name, key)) for key, entry in model.model_fields.items()
+    )
     return (
         f"\n## `{heading}`\n\n{(model.__doc__ or '').strip()}\n\n"
         f"| key | value | default | meaning |\n|---|---|---|---|\n{rows}"
     )
+
+
+def _rows_below(path: tuple[str, ...]) -> str:
+    """The keys of a list of tables."""
+    model = model_at(Config, path)
+    entries = model.model_fields.items() if model else ()
+    return "".join(_row(f"{path[-1]}[].{key}", entry) for key, entry in entries)
 
 
 def _row(key: str, field: FieldInfo) -> str:
@@ -61,7 +70,8 @@ def _show(default: Any) -> str:
     if isinstance(default, bool):
         return f"`{str(default).lower()}`"
     if isinstance(default, tuple):
-        return "`[]`"
+        inside = ", ".join(f'"{each}"' for each in default)
+        return f"`[{inside}]`"
     if isinstance(default, str | Path):
         return f'`"{default}"`'
     return f"`{default}`"
@@ -80,6 +90,8 @@ def _value(annotation: Any, metadata: list[Any]) -> str:
         return f"list of {_value(arguments[0], [])}"
     if annotation is Endpoint:
         return '`"ADDRESS:PORT"`'
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "tables"
     kind = {bool: "`true`, `false`", int: "integer", float: "number", Path: "path"}.get(annotation)
     if annotation is SecretStr or kind is None:
         return "text"
