@@ -169,7 +169,7 @@ class Backend(Node):
         address = self.backend.address_for(flow.service.host)
         return Endpoint(address, self.backend.takeover_port) if address else None
 
-    def taken_over(self, handoff: Incoming, sock: socket.socket) -> None:
+    def taken_over(self, handoff: Incoming, stream: PlainStream) -> None:
         """A connection is this worker's now: serve it."""
         self.metrics.handoffs_in += 1
         offer = handoff.offer
@@ -177,7 +177,7 @@ class Backend(Node):
         # A rule of this flow's last connection, if any, is the one that was just taken over.
         self.rules[key] = owned = Owned(handoff.gen, handoff.local)
         connection = Connection(
-            PlainStream(sock, handoff.flow, offer.pending),
+            stream,
             handoff.flow,
             key,
             self,
@@ -187,7 +187,7 @@ class Backend(Node):
         )
         self.connections[key] = connection
         self.monitor.watch(
-            sock.fileno(),
+            stream.fileno(),
             handoff.local,
             handoff.flow.client,
             lambda gone: self._gone(key, owned, gone),

@@ -220,6 +220,8 @@ class Node:
             return "switch-unreachable"
         if connection.key in self.moving:
             return "handoff-pending"
+        if not connection.stream.movable:
+            return "output-pending"
         if not place.serves(connection.flow.service.host):
             return "address-family"
         return ""

@@ -14,14 +14,17 @@ from time import monotonic_ns
 from typing import Any, Protocol
 
 from prism._ext import tcp_repair
+from prism._ext.tls_record import Tls
 from prism.errors import ProtocolError
 from prism.flow import Endpoint, Flow
 from prism.handoff.channel import Reply, Taken
 from prism.handoff.machine import SWITCH_EVENTS, Command, Event, Target
 from prism.handoff.runner import Runner
 from prism.handoff.wire import Offer, Reason, Refused
+from prism.http.stream import PlainStream
 from prism.switch.client import SwitchClient
 from prism.switch.control import Message, Op, Status
+from prism.tls.stream import TlsStream
 
 __all__ = ["Incoming", "Taker"]
 
@@ -37,7 +40,7 @@ class Taker(Protocol):
     def import_endpoint(self, flow: Flow) -> Endpoint | None:
         """The own address and first port for a flow; ``None``: not of this address family."""
 
-    def taken_over(self, handoff: Incoming, sock: socket.socket) -> None:
+    def taken_over(self, handoff: Incoming, stream: PlainStream) -> None:
         """The connection is this node's; serve it."""
 
     def reconcile(self, flow: bytes) -> None:
@@ -55,6 +58,7 @@ class Incoming:
         flow: the connection as the client sees it.
         local: the imported socket's own address and port.
         gen: the rule's generation: the lock's, after the commit this node's.
+        tls: the record layer and how much of its first record was read; ``None`` without TLS.
         steps: nanoseconds from the request's arrival at the source (same host) to the end of
             each step, in order; only filled where the node traces.
     """
@@ -74,6 +78,7 @@ class Incoming:
         "offer",
         "peer",
         "steps",
+        "tls",
     )
 
     def __init__(self, taker: Taker, offer: Offer, reply: Reply) -> None:
@@ -89,6 +94,7 @@ class Incoming:
         self.peer = reply.peer
         self.steps: dict[str, int] = {}
         self._taker = taker
+        self.tls: tuple[Tls, int] | None = None
         self._reply = reply
         self._text = ""
         self._next_port = 0
@@ -129,8 +135,10 @@ class Incoming:
 
     def _build(self, host: str, port: int) -> None:
         try:
+            if self.offer.tls and self.tls is None:
+                self.tls = TlsStream.parse_tls(self.offer.tls)
             self._imported = tcp_repair.import_state(self.offer.tcp, host, port)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ProtocolError) as error:
             self._fail(str(error))
             return
         if Endpoint.from_sockaddr(self._imported.peer) != self.flow.client:
@@ -164,7 +172,13 @@ class Incoming:
         sock, self._sock = self._sock, None
         if sock is None:
             raise RuntimeError("nothing was activated")
-        self._taker.taken_over(self, sock)
+        self._taker.taken_over(self, self._stream_of(sock))
+
+    def _stream_of(self, sock: socket.socket) -> PlainStream:
+        if self.tls is None:
+            return PlainStream(sock, self.flow, self.offer.pending)
+        tls, skip = self.tls
+        return TlsStream(sock, tls, self.flow, self.offer.pending, skip)
 
     def _discard(self) -> None:
         imported, self._imported = self._imported, None

@@ -222,7 +222,7 @@ class Outgoing:
             connection.key,
             self._gen,
             self._state,
-            b"",
+            connection.stream.export_tls(),
             connection.stream.pending,
             connection.hops,
             connection.asked_ns,

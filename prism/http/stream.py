@@ -74,6 +74,15 @@ class PlainStream:
         return self._eof
 
     @property
+    def movable(self) -> bool:
+        """Nothing waits here to be sent."""
+        return True
+
+    def export_tls(self) -> bytes:
+        """Empty: this connection has no TLS."""
+        return b""
+
+    @property
     def pending(self) -> bytes:
         """Octets received before the socket's that were not consumed yet."""
         return self._pending

@@ -92,6 +92,15 @@ class Stream(Protocol):
         ...
 
     @property
+    def movable(self) -> bool:
+        """The connection can be handed over now: nothing waits here to be sent."""
+        ...
+
+    def export_tls(self) -> bytes:
+        """The TLS state that travels with the TCP state, a secret; empty without TLS."""
+        ...
+
+    @property
     def pending(self) -> bytes:
         """Octets taken from the socket that were not consumed yet: they travel with a handoff."""
         ...

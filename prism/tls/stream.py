@@ -1,0 +1,368 @@
+"""A TLS connection after its handshake, as a stream whose input can be peeked at.
+
+The kernel's receive queue holds the client's records as they came. :meth:`TlsStream.peek` decrypts
+a copy; a record leaves the queue, and the connection's read sequence moves on, only when all of
+its plaintext was consumed. So a connection can be handed over between any two requests with
+nothing but its keys, sequence numbers and the number of octets that were consumed of the record in
+front (RFC 8446, section 5; RFC 5246, section 6)::
+
+    kernel's queue   | record           | record   | rec...
+    plaintext        |--used--|--skip-->|
+                              ^ the next octet to be read: `skip` octets into the first record
+
+Output that the socket does not take at once stays here, encrypted; the call that follows must go
+on at the same place, as all callers do anyway.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import struct
+from typing import Final
+
+from prism._ext.tls_record import Opened, Tls, TlsError
+from prism.errors import ProtocolError
+from prism.flow import Flow
+from prism.http.stream import PEEK_LIMIT, PlainStream
+
+__all__ = ["TlsBroken", "TlsStream"]
+
+log = logging.getLogger(__name__)
+
+_RAW_EXTRA: Final = 17 * 1024  # so that a whole record fits behind PEEK_LIMIT octets of plaintext
+_PULL: Final = 32 * 1024  # octets of records in the queue from which on they are taken out of it
+_PIECE: Final = 256 * 1024  # octets sealed at once
+_STATE: Final = struct.Struct("!BxxxI")  # version, skip; the record layer's state follows
+_VERSION: Final = 1
+
+
+class TlsBroken(ConnectionAbortedError):
+    """The client broke the record protocol; the alert is sent."""
+
+
+class TlsStream(PlainStream):
+    """A connected TCP socket whose octets are TLS records.
+
+    Args:
+        sock: connected; made non-blocking. The stream owns it from now on.
+        tls: the record layer's state, owned too: it is wiped when the stream is closed.
+        flow: the connection's name; by default the socket's own two ends.
+        pending: plaintext that was consumed before, to be read first.
+        skip: octets of the first record's plaintext that were consumed already.
+
+    Attributes:
+        tls: the record layer.
+        truncated: the client ended the TCP connection without a close_notify.
+    """
+
+    __slots__ = (
+        "_base",
+        "_broken",
+        "_done",
+        "_opened",
+        "_out",
+        "_out_plain",
+        "_raw",
+        "_skip",
+        "tls",
+        "truncated",
+    )
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        tls: Tls,
+        flow: Flow | None = None,
+        pending: bytes = b"",
+        skip: int = 0,
+    ) -> None:
+        super().__init__(sock, flow, pending)
+        self.tls = tls
+        self.truncated = False
+        self._skip = skip
+        self._broken = False
+        self._opened: Opened | None = None  # what was decrypted and not wholly consumed
+        self._base = 0  # octets of its plaintext that were consumed
+        self._done = 0  # its records that were committed
+        self._raw = 0  # octets of its input that are still in the kernel's queue
+        self._out = b""  # sealed, not yet taken by the socket
+        self._out_plain = 0  # octets of plaintext in it that the caller was not told of
+
+    def __repr__(self) -> str:
+        return f"<TlsStream fd={self._fd} {self._flow or ''} {self.tls!r}>"
+
+    # -- travelling ------------------------------------------------------------------------
+
+    @property
+    def movable(self) -> bool:
+        """Nothing that was sealed waits here to be sent."""
+        return not self._out and not self._broken
+
+    def export_tls(self) -> bytes:
+        """What another node needs besides the TCP state: secret, to be sent encrypted only."""
+        return _STATE.pack(_VERSION, self._skip) + self.tls.state()
+
+    @classmethod
+    def parse_tls(cls, state: bytes) -> tuple[Tls, int]:
+        """The record layer and the ``skip`` of an exported state.
+
+        Raises:
+            ProtocolError: it is not the state of a TLS connection.
+        """
+        try:
+            version, skip = _STATE.unpack_from(state)
+            if version != _VERSION:
+                raise ProtocolError(f"a TLS stream's state of version {version}, not {_VERSION}")
+            return Tls.from_state(state[_STATE.size :]), skip
+        except (struct.error, TlsError) as error:
+            raise ProtocolError(f"not a TLS stream's state: {error}") from None
+
+    # -- reading ---------------------------------------------------------------------------
+
+    def peek(self, limit: int = PEEK_LIMIT) -> bytes:
+        """The plaintext received and not consumed; see :meth:`Stream.peek`.
+
+        Raises:
+            TlsBroken: what comes next is no good record.
+        """
+        pending = self._pending
+        if len(pending) >= limit:
+            return pending[:limit]
+        try:
+            data = self._decrypted(limit - len(pending))
+        except BlockingIOError:
+            if not pending:
+                raise
+            data = b""
+        return pending + data if pending else data
+
+    def _decrypted(self, limit: int) -> bytes:
+        """Plaintext that is in the kernel's queue, behind what is pending; empty at the end."""
+        while True:
+            opened = self._open()
+            if opened is None:
+                return b""
+            data = opened.data[self._base : self._base + limit]
+            if data:
+                if self._raw >= _PULL and self._base + len(data) == len(opened.data):
+                    self._pull(opened)
+                    return data
+                return data
+            if opened.error is not None:
+                self._fail(opened.error)
+            if opened.closed:
+                self._eof = True
+                return b""
+            if not opened.records - self._done:
+                self._wait_for_more()
+                return b""
+            self._commit(opened, opened.records)  # nothing but messages to the record layer
+
+    def _open(self) -> Opened | None:
+        """Look at the queue again; what was decrypted before is kept if nothing has come."""
+        if self._broken:
+            raise TlsBroken("the connection was given up")
+        raw = self.sock.recv(PEEK_LIMIT + _RAW_EXTRA, socket.MSG_PEEK)
+        if not raw:
+            self._end_of_tcp()
+            return None
+        if self._opened is None or len(raw) != self._raw:
+            self._opened = self.tls.peek(raw)
+            self._base = self._skip
+            self._done = 0
+            self._raw = len(raw)
+        if len(raw) < self._lowat and self._lowat > 1 and self._fin_received():
+            self._end_of_tcp()
+        return self._opened
+
+    def _end_of_tcp(self) -> None:
+        if not self._eof:
+            self._eof = True
+            self.truncated = not self.tls.read_closed
+
+    def _wait_for_more(self) -> None:
+        """A record is incomplete: wake only when more of it is there."""
+        if self._eof:
+            return
+        self._set_lowat(self._raw + 1)
+        raise BlockingIOError("an incomplete record")
+
+    def _fail(self, error: TlsError) -> None:
+        """Tell the client what is wrong with its records, and give the connection up."""
+        self._broken = True
+        self._opened = None
+        log.info("%s: %s", self._flow, error)
+        try:
+            if not self._out:
+                self.sock.send(self.tls.alert(error.alert))
+        except (OSError, TlsError):
+            pass  # it was worth a try
+        self.tls.wipe()
+        raise TlsBroken(str(error))
+
+    def consume(self, n: int) -> None:
+        """Takes ``n`` octets of plaintext; see :meth:`Stream.consume`."""
+        if self._pending:
+            taken = min(n, len(self._pending))
+            self._pending = self._pending[taken:]
+            n -= taken
+        if not n:
+            return
+        opened = self._opened
+        if opened is None or self._base + n > len(opened.data):
+            raise ValueError(f"{n} octets to consume are not there")
+        self._base += n
+        if self._base == len(opened.data):
+            self._commit(opened, opened.records)
+            return
+        records, _, end = opened.cut(self._base)
+        self._commit(opened, records if end == self._base else records - 1)
+
+    def _commit(self, opened: Opened, records: int) -> None:
+        """Take whole records out of the queue."""
+        if records > self._done:
+            self._discard(self.tls.commit(opened, records))
+            self._done = records
+        committed = opened.ends[records - 1][1] if records else 0
+        self._skip = self._base - max(committed, 0) if records else self._base
+        if records == opened.records:
+            self._skip = 0
+            self._opened = None
+            if self.tls.owes:
+                self._flush_owed()
+        self.reset_lowat()
+
+    def _discard(self, octets: int) -> None:
+        self._raw -= octets
+        while octets > 0:
+            octets -= len(self.sock.recv(octets, socket.MSG_TRUNC))
+
+    def _pull(self, opened: Opened) -> None:
+        """Take all records out, so that tiny ones cannot fill the queue before a head is whole."""
+        self._pending += opened.data[self._base :]
+        self._base = len(opened.data)
+        self._commit(opened, opened.records)
+
+    def receive(self, n: int) -> bytes:
+        """Takes up to ``n`` octets of plaintext; see :meth:`Stream.receive`."""
+        if self._broken:
+            return self.sock.recv(n)  # for whoever lingers until the client has read the alert
+        data = self.peek(n)
+        if data:
+            self.consume(len(data))
+        return data
+
+    def await_more(self, n: int) -> None:
+        """Readable only when more records are there than those peeked at."""
+        if self._raw:
+            self._set_lowat(self._raw + 1)
+
+    def _set_lowat(self, mark: int) -> None:
+        if mark != self._lowat:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, mark)
+            self._lowat = mark
+
+    # -- writing ---------------------------------------------------------------------------
+
+    def send(self, data: bytes | memoryview, more: bool = False) -> int:
+        """Seals and sends; see :meth:`Stream.send`. What follows must begin where this ended."""
+        if self._out_plain:
+            return self._finish_sending()
+        piece = data if len(data) <= _PIECE else memoryview(data)[:_PIECE]
+        return self._emit(self._seal(piece), len(piece), more)
+
+    def send_file(self, fd: int, offset: int, n: int) -> int:
+        """Seals and sends a file's octets; see :meth:`Stream.send_file`."""
+        if self._out_plain:
+            return self._finish_sending()
+        try:
+            sealed, taken = self.tls.seal_file(fd, offset, min(n, _PIECE))
+        except (TlsError, ValueError) as error:
+            raise TlsBroken(str(error)) from None
+        return self._emit(sealed, taken, False) if taken else 0
+
+    def _seal(self, data: bytes | memoryview) -> bytes:
+        try:
+            return self.tls.seal(data)
+        except (TlsError, ValueError) as error:
+            raise TlsBroken(str(error)) from None
+
+    def _emit(self, sealed: bytes, plain: int, more: bool) -> int:
+        if self._out:
+            self._out += sealed
+            self._out_plain = plain
+            return self._finish_sending()
+        try:
+            sent = self.sock.send(sealed, socket.MSG_MORE if more else 0)
+        except BlockingIOError:
+            sent = 0
+        if sent == len(sealed):
+            return plain
+        self._out = sealed[sent:]
+        self._out_plain = plain
+        raise BlockingIOError("not all of a record was taken")
+
+    def _finish_sending(self) -> int:
+        """Send on; tells of the plaintext when all of it is with the kernel."""
+        sent = self.sock.send(self._out)
+        self._out = self._out[sent:]
+        if self._out:
+            raise BlockingIOError("not all of a record was taken")
+        plain, self._out_plain = self._out_plain, 0
+        return plain
+
+    def _flush_owed(self) -> None:
+        """Answer a request for a KeyUpdate soon, even if there is nothing else to say."""
+        try:
+            self._out += self.tls.key_update()
+            sent = self.sock.send(self._out)
+            self._out = self._out[sent:]
+        except (OSError, TlsError, ValueError) as error:
+            log.debug("%s: a KeyUpdate is late: %s", self._flow, error)
+
+    def unsent(self) -> int:
+        """Octets not acknowledged by the client, or not even with the kernel."""
+        return super().unsent() + len(self._out)
+
+    # -- the end ---------------------------------------------------------------------------
+
+    def shutdown_write(self) -> None:
+        """Ends our sending side with a close_notify."""
+        self._say_goodbye()
+        super().shutdown_write()
+
+    def _say_goodbye(self) -> None:
+        if self._broken or self.tls.write_closed:
+            return
+        try:
+            if self._out:
+                self.sock.send(self._out)  # if not all of it goes, the client sees a cut
+                self._out = b""
+            self.sock.send(self.tls.close_notify())
+        except (OSError, TlsError, ValueError):
+            pass  # the client has gone, or takes nothing: it sees the connection cut
+
+    def abort(self) -> None:
+        """Closes with a reset and no close_notify: the client sees that something is missing."""
+        self._broken = True
+        super().abort()
+
+    def close(self) -> None:
+        """Closes with a close_notify; the keys are wiped."""
+        if self._fd >= 0:
+            self._say_goodbye()
+        super().close()
+        self._forget()
+
+    def release(self) -> int:
+        """Gives the descriptor away; the keys are wiped."""
+        descriptor = super().release()
+        self._forget()
+        return descriptor
+
+    def _forget(self) -> None:
+        self._broken = True
+        self._opened = None
+        self._out = b""
+        self.tls.wipe()
