@@ -31,7 +31,7 @@ __all__ = ["Cluster", "Node", "Options"]
 
 _READY_PATIENCE = 20.0
 _STOP_PATIENCE = 8.0
-_LINK_PATIENCE = 3.0
+_LINK_PATIENCE = 2.0
 _POLL = 0.02
 
 
@@ -261,31 +261,31 @@ class Cluster:
         node.pid = node.process.pid
         node.started = start_time(node.pid)
 
-    def _wait_ready(self, nodes: Sequence[Node]) -> None:
+    def _wait_ready(self, nodes: Sequence[Node], *, linked: bool = True) -> None:
         deadline = time.monotonic() + _READY_PATIENCE
         for node in nodes:
-            while not self._ready(node):
+            while not self._ready(node, linked=linked):
                 if not node.alive:
                     raise PrismError(f"{node.name} ended while starting:\n{files.tail(node.log)}")
                 if time.monotonic() > deadline:
                     raise PrismError(f"{node.name} does not get ready:\n{files.tail(node.log)}")
                 time.sleep(_POLL)
 
-    def _ready(self, node: Node) -> bool:
-        """Whether all workers answer and have their links to all nodes that run."""
+    def _ready(self, node: Node, *, linked: bool = True) -> bool:
+        """Whether all workers answer and, with ``linked``, have links to all nodes that run."""
         for path in self.status_sockets(node.name):
             try:
                 status = read_status(path, timeout=1.0)
             except PrismError:
                 return False
-            for peer, usable in status.get("peers", {}).items():
+            for peer, usable in status.get("peers", {}).items() if linked else ():
                 there = self.nodes.get(peer.partition("/")[0])
                 if not usable and there is not None and there.alive:
                     return False
         return True
 
     def _wait_linked(self) -> None:
-        """Give the others a moment for their links to a node that has come back."""
+        """Give all a moment for the links to and from a node that has come back."""
         deadline = time.monotonic() + _LINK_PATIENCE
         others = [node for node in self.nodes.values() if node.alive]
         while time.monotonic() < deadline and not all(self._ready(node) for node in others):
@@ -359,7 +359,7 @@ class Cluster:
             node.process.wait()
         self._start(node)
         self._write_state()
-        self._wait_ready([node])
+        self._wait_ready([node], linked=False)
         self._wait_linked()
 
     def status_sockets(self, name: str) -> list[Path]:
