@@ -49,6 +49,7 @@ class Side:
     fins: int = 0
     rsts: int = 0
     high: int | None = None
+    gaps: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass
@@ -111,15 +112,30 @@ def _account(side: Side, packet: Packet) -> None:
     side.fins += bool(packet.flags & FIN)
     side.rsts += bool(packet.flags & RST)
     if packet.flags & SYN:
-        side.high = None  # a new connection on the same ports
+        side.high, side.gaps = None, []  # a new connection on the same ports
     span = packet.size + bool(packet.flags & SYN) + bool(packet.flags & FIN)
     if not span or packet.flags & RST:
         return
     end = (packet.seq + span) & 0xFFFFFFFF
-    if side.high is not None and 0 < (side.high - packet.seq) & 0xFFFFFFFF < 1 << 31:
-        side.resent += 1
+    if side.high is not None and packet.seq != side.high:
+        if (packet.seq - side.high) & 0xFFFFFFFF < 1 << 31:
+            side.gaps.append((side.high, packet.seq))  # overtook another one on the way
+        elif not _fills(side.gaps, packet.seq, end):
+            side.resent += 1
     if side.high is None or (end - side.high) & 0xFFFFFFFF < 1 << 31:
         side.high = end
+
+
+def _fills(gaps: list[tuple[int, int]], start: int, end: int) -> bool:
+    """Whether a segment is what was missing, or a part of it; takes it out of the gaps."""
+    for number, (low, high) in enumerate(gaps):
+        if (start - low) & 0xFFFFFFFF < (high - low) & 0xFFFFFFFF:
+            rest = [(low, start), (end, high)]
+            gaps[number : number + 1] = [
+                gap for gap in rest if 0 < (gap[1] - gap[0]) & 0xFFFFFFFF < 1 << 31
+            ]
+            return True
+    return False
 
 
 def _stamp(notes: list[tuple[int, int, bytes]]) -> float:
