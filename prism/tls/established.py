@@ -1,0 +1,194 @@
+"""What a handshake leads to, and how it is read off OpenSSL's connection."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from OpenSSL import SSL
+
+from prism._ext.tls_record import MAX_FRAGMENT, Tls
+from prism.tls.context import SUITES, was_resumed
+
+__all__ = ["ClientIdentity", "Established", "establish", "fragment_limit", "limit_tickets"]
+
+_HEADER: Final = struct.Struct("!BHH")  # content type, version, length
+_EXTENSION: Final = struct.Struct("!HH")  # type, length
+_APPLICATION_DATA: Final = 23
+_NAME_KINDS: Final[tuple[tuple[str, Any], ...]] = (
+    ("DNS", x509.DNSName),
+    ("URI", x509.UniformResourceIdentifier),
+    ("email", x509.RFC822Name),
+    ("IP", x509.IPAddress),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ClientIdentity:
+    """Who a client has proved to be.
+
+    Attributes:
+        subject: the certificate's subject (RFC 4514).
+        names: its alternative names, such as ``DNS:a.example`` or ``URI:spiffe://x/y``.
+        fingerprint: SHA-256 of the certificate, in hexadecimal.
+    """
+
+    subject: str
+    names: tuple[str, ...]
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Established:
+    """What a handshake has led to.
+
+    Attributes:
+        tls: the record layer, ready to open the first record in the socket's queue.
+        server_name: what the client asked for, in lower case; empty: nothing.
+        alpn: the protocol agreed on; empty: the client offered none.
+        version: ``TLSv1.3`` or ``TLSv1.2``.
+        suite: OpenSSL's name of the cipher suite.
+        resumed: the client came with a ticket.
+        client_identity: only of a verified certificate.
+    """
+
+    tls: Tls
+    server_name: str
+    alpn: str
+    version: str
+    suite: str
+    resumed: bool
+    client_identity: ClientIdentity | None
+
+
+def establish(
+    connection: SSL.Connection,
+    secrets: Mapping[bytes, tuple[bytes, bytes]],
+    write_seq: int,
+    max_fragment: int,
+) -> Established | None:
+    """Everything of a finished handshake.
+
+    Args:
+        connection: OpenSSL's, done with its handshake.
+        secrets: what OpenSSL told of, by label: the client's random and the secret, hexadecimal.
+        write_seq: session tickets sent, with TLS 1.3.
+        max_fragment: see :func:`fragment_limit`.
+
+    Returns:
+        ``None`` where secrets are missing or cannot be used.
+    """
+    suite = connection.get_cipher_name() or ""
+    try:
+        tls = _records(connection, SUITES[suite], secrets, write_seq, max_fragment)
+    except (KeyError, ValueError):
+        return None
+    name = (connection.get_servername() or b"").decode("ascii", "replace")
+    return Established(
+        tls=tls,
+        server_name=name.lower(),
+        alpn=connection.get_alpn_proto_negotiated().decode("ascii"),
+        version=connection.get_protocol_version_name(),
+        suite=suite,
+        resumed=was_resumed(connection),
+        client_identity=_identity(connection),
+    )
+
+
+def _records(
+    connection: SSL.Connection,
+    suite: int,
+    secrets: Mapping[bytes, tuple[bytes, bytes]],
+    write_seq: int,
+    max_fragment: int,
+) -> Tls:
+    if connection.get_protocol_version() == SSL.TLS1_3_VERSION:
+        return Tls.from_traffic_secrets(
+            suite,
+            _octets(secrets[b"CLIENT_TRAFFIC_SECRET_0"][1]),
+            _octets(secrets[b"SERVER_TRAFFIC_SECRET_0"][1]),
+            is_server=True,
+            write_seq=write_seq,
+            max_fragment=max_fragment,
+        )
+    random, master = secrets[b"CLIENT_RANDOM"]
+    return Tls.from_master_secret(
+        suite,
+        _octets(master),
+        _octets(random),
+        connection.server_random() or b"",
+        is_server=True,
+        max_fragment=max_fragment,
+    )
+
+
+def _octets(hexadecimal: bytes) -> bytes:
+    return bytes.fromhex(hexadecimal.decode("ascii"))
+
+
+def limit_tickets(out: bytes, most: int) -> tuple[bytes, int]:
+    """Of what OpenSSL put out last with TLS 1.3, what is to be sent, and how many tickets it has.
+
+    These are the first records under the application keys. Those that are left out have used a
+    nonce each, but nobody ever sees them.
+    """
+    at = count = 0
+    while at < len(out):
+        kind, _, length = _HEADER.unpack_from(out, at)
+        if kind == _APPLICATION_DATA:
+            if count == most:
+                break
+            count += 1
+        at += _HEADER.size + length
+    return out[:at], count
+
+
+def fragment_limit(hello: bytes) -> int:
+    """The most plaintext in a record that a client asks for (RFC 6066, section 4), in octets.
+
+    OpenSSL grants it always, and does not tell. Only a ClientHello in one record is looked at.
+
+    Args:
+        hello: the ClientHello with its record's header.
+    """
+    if b"\0\1\0\1" not in hello:  # the extension's type and length: rarely there
+        return MAX_FRAGMENT
+    try:
+        at = _HEADER.size + 4 + 2 + 32  # two headers, version, random
+        at += 1 + hello[at]  # session
+        at += 2 + int.from_bytes(hello[at : at + 2])  # suites
+        at += 1 + hello[at] + 2  # compression; length of the extensions
+        while at + 4 < len(hello):
+            kind, length = _EXTENSION.unpack_from(hello, at)
+            if kind == 1 and length == 1:
+                return {1: 512, 2: 1024, 3: 2048, 4: 4096}.get(hello[at + 4], MAX_FRAGMENT)
+            at += 4 + length
+    except (IndexError, struct.error):
+        pass
+    return MAX_FRAGMENT
+
+
+def _identity(connection: SSL.Connection) -> ClientIdentity | None:
+    """Of the client's certificate; there is none here that OpenSSL did not verify."""
+    certificate = connection.get_peer_certificate(as_cryptography=True)
+    if certificate is None:
+        return None
+    return ClientIdentity(
+        certificate.subject.rfc4514_string(),
+        tuple(_alternative_names(certificate)),
+        certificate.fingerprint(hashes.SHA256()).hex(),
+    )
+
+
+def _alternative_names(certificate: x509.Certificate) -> list[str]:
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except (x509.ExtensionNotFound, ValueError):
+        return []
+    return [
+        f"{label}:{each}" for label, kind in _NAME_KINDS for each in names.get_values_for_type(kind)
+    ]

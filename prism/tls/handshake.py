@@ -1,0 +1,333 @@
+"""One TLS handshake on a non-blocking socket, which leaves the rest in the kernel's queue.
+
+OpenSSL is fed through memory, record by record, and nothing behind the client's Finished is taken
+out of the socket: who owns the connection later finds its first application record there. Records
+are peeked at, fed one at a time, and taken out of the queue when they were::
+
+    kernel's queue   | CCS | Finished | application data ...
+    peeked           |-------------------...
+    fed, then taken  |----------------|
+
+What OpenSSL puts out once the handshake is done are session tickets: with TLS 1.3 they are the
+first records under the application keys and count for the sequence number (RFC 8446, 4.6.1 and
+5.3). With TLS 1.2 each side's Finished was record 0 (RFC 5246, 6.1).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import select
+import socket
+import struct
+from collections.abc import Callable
+from typing import Final, NoReturn
+
+from OpenSSL import SSL
+
+from prism._ext.tls_record import MAX_FRAGMENT
+from prism.flow import Flow
+from prism.tls.context import NoProtocol, TlsContexts, reason
+from prism.tls.established import Established, establish, fragment_limit, limit_tickets
+
+__all__ = ["Handshake"]
+
+_HEADER: Final = struct.Struct("!BHH")  # content type, version, length
+_CHANGE_CIPHER_SPEC, _HANDSHAKE = 20, 22
+_TYPES: Final = range(20, 24)
+_MAX_RECORD: Final = MAX_FRAGMENT + 256  # of ciphertext (RFC 8446, 5.2)
+_PEEK: Final = _MAX_RECORD + 4096
+_MAX_OCTETS: Final = 160 * 1024  # of all handshake records; certificates may be 100 KiB
+_OUTPUT: Final = 64 * 1024
+_HTTPS_ONLY: Final = b"This port speaks HTTPS: use https:// in place of http://\n"
+_NO_TLS: Final = (
+    b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n"
+    b"Content-Length: %d\r\n\r\n%b" % (len(_HTTPS_ONLY), _HTTPS_ONLY)
+)
+
+
+class _Failed(Exception):
+    """The handshake cannot go on; the argument is a short, fixed text."""
+
+
+class Handshake:
+    """A handshake under way.
+
+    Args:
+        sock: connected and non-blocking.
+        flow: the connection's name.
+        contexts: what handshakes have in common.
+        tickets: how many session tickets the client gets at most.
+        on_end: called once, maybe inside :meth:`advance`, with this object, what was established
+            or ``None``, and why not. The socket is the callee's from then on, still open, with
+            nothing watching it.
+
+    Attributes:
+        deadline: for the owner's use.
+        said: something was sent that the client should be able to read, an alert mostly.
+    """
+
+    __slots__ = (
+        "_answer",
+        "_base",
+        "_complete",
+        "_connection",
+        "_hello",
+        "_loop",
+        "_lowat",
+        "_on_end",
+        "_out",
+        "_secrets",
+        "_taken",
+        "_tickets",
+        "_watched",
+        "_write_seq",
+        "deadline",
+        "flow",
+        "said",
+        "sock",
+    )
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        flow: Flow,
+        contexts: TlsContexts,
+        tickets: int,
+        on_end: Callable[[Handshake, Established | None, str], None],
+    ) -> None:
+        self.sock = sock
+        self.flow = flow
+        self.said = False
+        self.deadline = 0.0
+        self._on_end: Callable[[Handshake, Established | None, str], None] | None = on_end
+        self._tickets = tickets
+        self._base = contexts.base  # its callbacks must live as long as the connection
+        self._loop = asyncio.get_running_loop()
+        self._connection: SSL.Connection | None = None  # none before there is a whole record
+        self._secrets: dict[bytes, tuple[bytes, bytes]] = {}
+        self._hello = b""
+        self._answer = b""
+        self._out = b""
+        self._taken = 0
+        self._lowat = 1
+        self._write_seq = 1
+        self._watched = False
+        self._complete = False
+
+    def advance(self) -> None:
+        """Go on with what has been received."""
+        try:
+            data = self.sock.recv(_PEEK, socket.MSG_PEEK)
+        except BlockingIOError:
+            self._watch()
+            return
+        except OSError:
+            self._end(None, "connection lost")
+            return
+        if not data:
+            self._end(None, "closed by the client")
+            return
+        try:
+            wanted = self._feed(data)
+            self._flush()
+            if self._complete or self._out:
+                return
+            if len(data) < self._lowat and self._fin_received():
+                raise _Failed("closed by the client")
+            self._wake_at(wanted)
+            self._watch()
+        except _Failed as failure:
+            self._fail(str(failure))
+        except OSError:
+            self._end(None, "connection lost")
+
+    def abandon(self, why: str) -> None:
+        """Give up: too slow, or there are too many."""
+        self._end(None, why)
+
+    # -- input -----------------------------------------------------------------------------
+
+    def _feed(self, data: bytes) -> int:
+        """Feed whole records; how many octets have to be there for more: 1 if none are left."""
+        used, wanted = 0, 1
+        while not self._complete:
+            if len(data) - used < _HEADER.size:
+                wanted = _HEADER.size if used < len(data) else 1
+                break
+            kind, version, length = _HEADER.unpack_from(data, used)
+            if kind not in _TYPES or version >> 8 != 3 or length > _MAX_RECORD:
+                self._reject(data[used:])
+            end = used + _HEADER.size + length
+            if end > len(data):
+                wanted = end - used
+                break
+            if self._taken + end > _MAX_OCTETS:
+                raise _Failed("too much data")
+            self._step(kind, data[used:end])
+            used = end
+        if used:
+            self._taken += used
+            self.sock.recv(used, socket.MSG_TRUNC)  # dropped in the kernel, not copied
+        return wanted
+
+    def _step(self, kind: int, record: bytes) -> None:
+        """Feed one record."""
+        connection = self._connection
+        if connection is None:
+            if kind != _HANDSHAKE:
+                raise _Failed("not TLS")
+            self._hello = record
+            connection = self._connection = self._connect()
+        connection.bio_write(record)
+        if kind == _CHANGE_CIPHER_SPEC:
+            return  # never the last one: OpenSSL gets to see it together with the next
+        self._shake(connection)
+
+    def _connect(self) -> SSL.Connection:
+        connection = SSL.Connection(self._base, None)
+        connection.set_app_data(self._secrets)
+        connection.set_accept_state()
+        return connection
+
+    def _shake(self, connection: SSL.Connection) -> None:
+        try:
+            connection.do_handshake()
+        except SSL.WantReadError:
+            return
+        except NoProtocol:
+            raise _Failed("no application protocol") from None
+        except SSL.Error as error:
+            raise _Failed(reason(error)) from None
+        self._complete = True
+
+    def _reject(self, data: bytes) -> NoReturn:
+        """Not a TLS record. OpenSSL says so to the client, unless that speaks HTTP."""
+        if self._connection is None:
+            if all(octet in b"ABCDEFGHIJKLMNOPQRSTUVWXYZ /*" for octet in data[:5]):
+                self._answer = _NO_TLS
+                raise _Failed("plain HTTP")
+            self._connection = self._connect()
+        self._connection.bio_write(data[: _HEADER.size])
+        try:
+            self._shake(self._connection)
+        except _Failed:
+            pass
+        raise _Failed("record too long" if data[0] in _TYPES and data[1] == 3 else "not TLS")
+
+    def _fin_received(self) -> bool:
+        """Whether the client has ended its side: below the mark, nothing else wakes (tcp(7))."""
+        poll = select.poll()
+        poll.register(self.sock, select.POLLRDHUP)
+        return bool(poll.poll(0))
+
+    def _wake_at(self, octets: int) -> None:
+        """Be woken for whole records only, and not by each octet."""
+        if octets != self._lowat:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, octets)
+            self._lowat = octets
+
+    def _watch(self) -> None:
+        if not self._watched:
+            self._watched = True
+            self._loop.add_reader(self.sock.fileno(), self.advance)
+
+    def _unwatch(self) -> None:
+        if self._watched:
+            self._watched = False
+            self._loop.remove_reader(self.sock.fileno())
+
+    # -- output ----------------------------------------------------------------------------
+
+    def _flush(self) -> None:
+        """Send what OpenSSL has put out; the end is when all of it is with the kernel.
+
+        Raises:
+            OSError: the connection is lost.
+        """
+        out = self._output()
+        if self._complete and self._is_new():
+            out, self._write_seq = limit_tickets(out, self._tickets)
+        if out:
+            try:
+                out = out[self.sock.send(out) :]
+            except BlockingIOError:
+                pass
+        if out:
+            self._out = out
+            self._unwatch()
+            self._loop.add_writer(self.sock.fileno(), self._send_on)
+        elif self._complete:
+            self._succeed()
+
+    def _output(self) -> bytes:
+        if self._connection is None:
+            return b""
+        pieces: list[bytes] = []
+        try:
+            while not pieces or len(pieces[-1]) == _OUTPUT:
+                pieces.append(self._connection.bio_read(_OUTPUT))
+        except SSL.WantReadError:
+            pass
+        return b"".join(pieces)
+
+    def _is_new(self) -> bool:
+        connection = self._connection
+        return connection is not None and connection.get_protocol_version() == SSL.TLS1_3_VERSION
+
+    def _send_on(self) -> None:
+        """The socket takes more of what is left to send."""
+        try:
+            self._out = self._out[self.sock.send(self._out) :]
+        except BlockingIOError:
+            return
+        except OSError:
+            self._end(None, "connection lost")
+            return
+        if self._out:
+            return
+        self._loop.remove_writer(self.sock.fileno())
+        if self._complete:
+            self._succeed()
+        else:
+            self.advance()
+
+    # -- the end ---------------------------------------------------------------------------
+
+    def _succeed(self) -> None:
+        established = None
+        if self._connection is not None:
+            limit = fragment_limit(self._hello)
+            established = establish(self._connection, self._secrets, self._write_seq, limit)
+        if established is None:
+            self._end(None, "no usable secrets")
+            return
+        try:
+            self._wake_at(1)
+        except OSError:
+            established.tls.wipe()
+            self._end(None, "connection lost")
+            return
+        self._end(established, "")
+
+    def _fail(self, why: str) -> None:
+        """Send what there is to say, an alert mostly; a client that takes nothing misses it."""
+        last_words = self._answer or self._output()
+        if last_words:
+            try:
+                self.sock.send(last_words)
+                self.said = True
+            except OSError:
+                pass
+        self._end(None, why)
+
+    def _end(self, established: Established | None, why: str) -> None:
+        if self._on_end is None:
+            return
+        self._unwatch()
+        if self._out:
+            self._loop.remove_writer(self.sock.fileno())
+        self._out = b""
+        self._connection = None
+        self._secrets.clear()
+        on_end, self._on_end = self._on_end, None
+        on_end(self, established, why)
