@@ -130,9 +130,11 @@ class Connection:
 
     def start(self) -> None:
         """Look for a request now, and wait for one if there is none."""
-        self._reading = True
-        self.stream.on_readable(self._on_readable)
+        # A connection that was taken over has its request with it: answer that first.
         self._on_readable()
+        if self.state is State.IDLE and not self._reading:
+            self._reading = True
+            self.stream.on_readable(self._on_readable)
 
     def _stop_reading(self) -> None:
         self._reading = False
@@ -180,7 +182,7 @@ class Connection:
             self._decide(head)
 
     def _resume_reading(self) -> None:
-        if self.state is State.IDLE:
+        if self.state is State.IDLE and not self._reading:
             self.start()
 
     def _decide(self, head: RequestHead) -> None:
