@@ -15,6 +15,7 @@ import click
 
 from prism._version import __version__
 from prism.commands.lab import lab
+from prism.commands.pki import pki
 from prism.errors import ConfigError, PrismError
 
 __all__ = ["cli", "main"]
@@ -122,6 +123,7 @@ def doctor(as_json: bool) -> None:
 
 
 cli.add_command(lab)
+cli.add_command(pki)
 
 
 def main(arguments: list[str] | None = None) -> None:
