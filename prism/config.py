@@ -18,10 +18,12 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, PrivateAttr, SecretStr, ValidationError, model_validator
 
 from prism.config_errors import explain, report, syntax_line
+from prism.config_files import certificate_problems, with_absolute_paths
 from prism.config_tls import TlsConfig
 from prism.config_types import Address, HostPort, Name, Port, Seconds, Section
 from prism.errors import ConfigError
 from prism.flow import Endpoint
+from prism.tls.identity import IdentityFiles
 from prism.tomlpos import positions
 
 __all__ = [
@@ -65,6 +67,17 @@ class ClusterConfig(Section):
     )
     lease: float = Field(
         2.0, ge=0.1, le=60, description="Seconds without renewal after which a node counts as dead."
+    )
+
+    pki_dir: Path = Field(
+        Path("/etc/prism/pki"),
+        description="Directory with `ca.pem` and each node's `NAME.pem` and `NAME.key`, as "
+        "`prism-proxy pki` makes them. Relative to this file.",
+    )
+    ca: Path | None = Field(
+        None,
+        description="Certificate of the CA that nodes trust each other by; default: `ca.pem` in "
+        "`pki_dir`.",
     )
 
     _secret: bytes = PrivateAttr(b"")
@@ -171,6 +184,16 @@ class NodeConfig(_Identity):
 class _Serving(_Identity):
     """Bounds and time-outs of whoever talks to clients."""
 
+    node_certificate: Path | None = Field(
+        None,
+        description="The node's certificate, for the handoff channel; default: `NAME.pem` in "
+        "`cluster.pki_dir`.",
+    )
+    node_key: Path | None = Field(
+        None,
+        description="Its private key, which others must not be able to read; default: `NAME.key` "
+        "in `cluster.pki_dir`.",
+    )
     backlog: int = Field(4096, ge=1, le=65535, description="Length of the listen queues.")
     max_connections: int = Field(
         65536,
@@ -336,6 +359,15 @@ class Config(Section):
         """Those of :attr:`listen` that speak TLS."""
         return self.tls.listen if self.tls else ()
 
+    def identity_files(self, serving: FrontendConfig | BackendConfig) -> IdentityFiles:
+        """The files by which a node and its peers know each other."""
+        pki_dir = self.cluster.pki_dir
+        return IdentityFiles(
+            self.cluster.ca or pki_dir / "ca.pem",
+            serving.node_certificate or pki_dir / f"{serving.name}.pem",
+            serving.node_key or pki_dir / f"{serving.name}.key",
+        )
+
 
 def load(path: str | Path) -> Config:
     """Read and check a configuration file.
@@ -351,11 +383,15 @@ def load(path: str | Path) -> Config:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: is not UTF-8 text, as TOML must be") from None
-    return parse(text, source=str(path), base=path.absolute().parent)
+    return parse(text, source=str(path), base=path.absolute().parent, certificates=True)
 
 
-def parse(text: str, *, source: str = "<text>", base: Path | None = None) -> Config:
+def parse(
+    text: str, *, source: str = "<text>", base: Path | None = None, certificates: bool = False
+) -> Config:
     """Check a configuration given as text; relative paths are relative to ``base``.
+
+    With ``certificates``, those of the nodes in it have to be there and good, as for :func:`load`.
 
     Raises:
         ConfigError: as for :func:`load`.
@@ -376,9 +412,12 @@ def parse(text: str, *, source: str = "<text>", base: Path | None = None) -> Con
         config.cluster._read_key(base)
     except ValueError as error:
         problems.append((("cluster", "key_file" if config.cluster.key_file else "key"), str(error)))
+    config = with_absolute_paths(config, base)
+    if certificates:
+        problems += certificate_problems(config)
     if problems:
         raise ConfigError("\n".join(report(source, where, *problem) for problem in problems))
-    return _with_absolute_paths(config, base)
+    return config
 
 
 _PLACE = ("address", "address6", "handoff_port", "relay_port", "workers")
@@ -419,19 +458,3 @@ def _inconsistencies(config: Config) -> Iterator[tuple[tuple[str | int, ...], st
                 yield ("backend", key), "differs from its [[nodes]] entry; leave it out here"
     if config.switch is not None and config.switch.kind == "ebpf" and not config.switch.interfaces:
         yield ("switch", "interfaces"), "name the network devices the switch shall see"
-
-
-def _with_absolute_paths(config: Config, base: Path) -> Config:
-    update: dict[str, Any] = {}
-    if config.backend is not None:
-        store = base / config.backend.store.expanduser()
-        update["backend"] = config.backend.model_copy(update={"store": store})
-    files = {
-        key: base / value.expanduser()
-        for key in ("log_file", "status_socket")
-        if (value := getattr(config.telemetry, key)) is not None
-    }
-    update["telemetry"] = config.telemetry.model_copy(update=files)
-    if config.tls is not None:
-        update["tls"] = config.tls.with_absolute_paths(base)
-    return config.model_copy(update=update)

@@ -32,6 +32,7 @@ from prism.switch.client import SwitchClient
 from prism.telemetry.logging import event, tracing
 from prism.telemetry.metrics import Metrics
 from prism.telemetry.status import StatusServer
+from prism.tls.identity import Identity
 
 __all__ = ["Node", "Refusal"]
 
@@ -93,7 +94,8 @@ class Node:
             Endpoint(serving.address, 0),
             lease=cluster.lease,
         )
-        self.channel = Channel(self.name, cluster.channel_key(), self.on_offer)
+        identity = Identity(serving.name, config.identity_files(serving))
+        self.channel = Channel(self.name, cluster.channel_key(), self.on_offer, identity)
         self.peers = Peers(config, self.channel, serving.name)
         self.reconciler = Reconciler(self)
         self.relay = Relay(connect_timeout=getattr(serving, "connect_timeout", 3.0))

@@ -1,4 +1,7 @@
-"""The handoff channel: one TCP connection from each node to each peer, kept open.
+"""The handoff channel: one connection from each node to each peer, kept open.
+
+Offers carry keys and requests, so it is always under mutual TLS 1.3, with certificates of the
+cluster's own CA (``prism.tls.pki``).
 
 Offers go out on a node's own connections (``Link``); what comes in on the others' connections is
 answered there. So a link carries offers one way and answers the other way::
@@ -20,9 +23,11 @@ from collections.abc import Callable
 from prism.errors import HandoffError, ProtocolError
 from prism.flow import Endpoint
 from prism.handoff import wire
-from prism.handoff.connection import ChannelCounters, Connection, Shared, serve
+from prism.handoff.connection import ChannelCounters, Connection, Shared, node_of, serve
 from prism.handoff.link import Answer, Link, LinkLost, TimedOut, answer_event
+from prism.handoff.secure import Distrust, Why
 from prism.handoff.wire import Hello, Message, Offer, Ping, Reason, Refused, Sealer, Taken
+from prism.tls.identity import Identity
 
 __all__ = [
     "Answer",
@@ -52,18 +57,21 @@ class Channel:
         on_offer: called as ``on_offer(offer, reply)`` inside the receive; must not raise, and must
             see to it that ``reply`` is called with ``Taken()`` or ``Refused(reason, text)`` once,
             then or later.
+        identity: this node's certificate and the CA it trusts.
 
     Raises:
         ValueError: the key is too short or the name too long for the wire.
     """
 
-    def __init__(self, name: str, key: bytes, on_offer: OnOffer) -> None:
+    def __init__(self, name: str, key: bytes, on_offer: OnOffer, identity: Identity) -> None:
         if len(key) < 16:
             raise ValueError("the cluster key must have at least 16 octets")
         if not 0 < len(name.encode()) <= 64:
             raise ValueError("a node name has 1 to 64 octets")
         self.name = name
-        self.shared = Shared(name, key)
+        if node_of(name) != identity.node:
+            raise ValueError(f"{name} cannot show the certificate of node {identity.node}")
+        self.shared = Shared(name, key, identity)
         self.on_offer = on_offer
         self._links: dict[str, Link] = {}
         self._callers: set[Caller] = set()
@@ -151,14 +159,16 @@ class Reply:
         if caller.transport is None:
             caller.counters.answers_lost += 1
         elif type(answer) is Taken:
-            caller.transport.write(caller.sealer.taken(self._number))
+            caller.write(caller.sealer.taken(self._number))
         elif type(answer) is Refused:
             frame = caller.sealer.refused(self._number, answer.reason, answer.text)
-            caller.transport.write(frame)
+            caller.write(frame)
 
 
 class Caller(Connection):
     """A peer's connection to us: it offers, we answer."""
+
+    server = True
 
     def __init__(self, channel: Channel) -> None:
         caller_key, listener_key = wire.hello_keys(channel.shared.key)
@@ -187,7 +197,15 @@ class Caller(Connection):
         else:
             raise ProtocolError(f"a caller cannot send {type(message).__name__} now")
 
+    def describe(self) -> str:
+        """The caller, for the log."""
+        return f"{self.where} turned away"
+
     def _greet(self, hello: Hello) -> None:
+        node = self.tls.peer.node
+        if not node or node_of(hello.name) != node:
+            whose = f"is node {node}'s" if node else "is no node's"
+            raise Distrust(Why.WRONG_NODE, f"it says it is {hello.name}; its certificate {whose}")
         if hello.peer != self.channel.name:
             raise ProtocolError(f"{hello.name} takes this node for {hello.peer}")
         self.peer_name = hello.name

@@ -1,18 +1,25 @@
-"""One TCP connection between two nodes: frames in, liveness, faults; either end of it."""
+"""One connection between two nodes: TLS, frames in, liveness, faults; either end of it.
+
+Who the peer is, TLS says: its certificate names a node, and the HELLO inside has to be of that
+node. The frames' own MACs prove in addition that the peer has the cluster key.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import cast
 
 from prism.errors import ProtocolError
 from prism.flow import Endpoint
+from prism.handoff.secure import Complaints, Distrust, End, Why
 from prism.handoff.wire import Decoder, Fault, Message, Sealer, WireError
+from prism.tls.identity import Identity
 
-__all__ = ["ChannelCounters", "Connection", "Shared", "connect", "serve"]
+__all__ = ["ChannelCounters", "Connection", "Shared", "connect", "node_of", "serve"]
 
 PING_INTERVAL = 1.0  # seconds
 SILENCE = 3.5  # seconds without a frame after which a connection is given up
@@ -40,6 +47,14 @@ class ChannelCounters:
     late_answers: int = 0
     answers_lost: int = 0
     callers_turned_away: int = 0
+    tls_no_certificate: int = 0
+    tls_untrusted: int = 0
+    tls_expired: int = 0
+    tls_wrong_node: int = 0
+    tls_old_tls: int = 0
+    tls_not_tls: int = 0
+    tls_refused_us: int = 0
+    tls_broken: int = 0
 
     def as_dict(self) -> dict[str, int]:
         """By name."""
@@ -54,6 +69,11 @@ class ChannelCounters:
         else:
             self.malformed += 1
 
+    def distrust(self, why: Why) -> None:
+        """Count a peer that is not who it should be."""
+        name = f"tls_{why.name.lower()}"
+        setattr(self, name, getattr(self, name) + 1)
+
 
 @dataclass(slots=True)
 class Shared:
@@ -61,6 +81,8 @@ class Shared:
 
     name: str
     key: bytes
+    identity: Identity
+    complaints: Complaints = field(default_factory=Complaints)
     counters: ChannelCounters = field(default_factory=ChannelCounters)
     ping_interval: float = PING_INTERVAL
     silence: float = SILENCE
@@ -70,19 +92,26 @@ class Shared:
 async def serve(
     loop: asyncio.AbstractEventLoop, factory: Callable[[], asyncio.Protocol], endpoint: Endpoint
 ) -> asyncio.Server:
-    """Where listening transports are made; the one place to put TLS."""
+    """Where listening transports are made."""
     return await loop.create_server(factory, endpoint.host, endpoint.port, backlog=256)
 
 
 async def connect(
     loop: asyncio.AbstractEventLoop, factory: Callable[[], asyncio.Protocol], endpoint: Endpoint
 ) -> None:
-    """Where connecting transports are made; the one place to put TLS."""
+    """Where connecting transports are made."""
     await loop.create_connection(factory, endpoint.host, endpoint.port)
 
 
+def node_of(worker: str) -> str:
+    """The node that a worker (``be1/0``) belongs to."""
+    return worker.partition("/")[0]
+
+
 class Connection(asyncio.Protocol):
-    """What both ends of a connection share: frames in, liveness, faults."""
+    """What both ends of a connection share: TLS, frames in, liveness, faults."""
+
+    server: bool  # whether this end accepts the connection
 
     def __init__(self, shared: Shared, seal_key: bytes, open_key: bytes) -> None:
         self.shared = shared
@@ -91,6 +120,7 @@ class Connection(asyncio.Protocol):
         self.closed: asyncio.Future[None] = self.loop.create_future()
         self.sealer = Sealer(seal_key)
         self.decoder = Decoder(open_key)
+        self.tls = End(shared.identity, server=self.server)
         self.transport: asyncio.Transport | None = None
         self.ready = False
         self._heard = 0.0
@@ -102,25 +132,76 @@ class Connection(asyncio.Protocol):
         sock = transport.get_extra_info("socket")
         if sock is not None:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        address = transport.get_extra_info("peername")
+        self.where = Endpoint.from_sockaddr(address) if address else Endpoint("?", 0)
         self._heard = self.loop.time()
         self._timer = self.loop.call_later(self.shared.handshake_time, self._tick)
+        if not self.server:
+            self._shake(b"")
 
     def data_received(self, data: bytes) -> None:
         """See :class:`asyncio.Protocol`; calls ``received`` for each whole frame."""
         self._heard = self.loop.time()
-        decoder = self.decoder
-        decoder.push(data)
         try:
+            if not self.tls.secured:
+                self._shake(data)
+                if not self.tls.secured:
+                    return
+                data = b""  # what followed the handshake is inside already
+            decoder = self.decoder
+            decoder.push(self.tls.open(data))
             while (message := decoder.pop()) is not None:
                 self.received(message)
                 if self.transport is None:
                     return
+        except Distrust as error:
+            self.distrust(error)
         except WireError as error:
             self.counters.fault(error.fault)
-            self.drop()
-        except ProtocolError:
+            self._give_up(str(error))
+        except ProtocolError as error:
             self.counters.malformed += 1
+            self._give_up(str(error))
+        except EOFError:
             self.drop()
+
+    def _shake(self, data: bytes) -> None:
+        tls = self.tls
+        tls.shake(data)
+        if self.transport is not None and (more := tls.outgoing()):
+            self.transport.write(more)
+        if tls.secured:
+            self.secured()
+
+    def secured(self) -> None:
+        """The TLS handshake is done: ``tls.peer`` says who the peer is.
+
+        Raises:
+            Distrust: it is not who it should be.
+        """
+
+    def distrust(self, error: Distrust) -> None:
+        """Have nothing to do with this peer any more; an alert that is on its way still goes."""
+        self.counters.distrust(error.why)
+        self.shared.complaints.say(self.where.host, error.why, f"{self.describe()}: {error}")
+        transport = self.transport
+        if transport is None:
+            return
+        if alert := self.tls.outgoing():
+            transport.write(alert)
+        self._gone()
+        if self.ready:
+            transport.abort()
+        else:
+            transport.close()
+
+    def describe(self) -> str:
+        """The peer, for the log."""
+        return str(self.where)
+
+    def _give_up(self, text: str) -> None:
+        self.shared.complaints.say(self.where.host, 0, f"{self.describe()}: {text}")
+        self.drop()
 
     def received(self, message: Message) -> None:
         """One authenticated message."""
@@ -137,6 +218,9 @@ class Connection(asyncio.Protocol):
                 self.counters.silent += 1
             self.drop()
             return
+        if time.time() > self.tls.peer.not_after:
+            self.distrust(Distrust(Why.EXPIRED, "its certificate has expired meanwhile"))
+            return
         if silent >= self.shared.ping_interval * 0.9:
             self.quiet()
         self._timer = self.loop.call_later(self.shared.ping_interval, self._tick)
@@ -150,9 +234,9 @@ class Connection(asyncio.Protocol):
         self._timer = self.loop.call_later(self.shared.ping_interval, self._tick)
 
     def write(self, data: bytes) -> None:
-        """Send; a lost connection is noticed elsewhere."""
+        """Send frames; a lost connection is noticed elsewhere."""
         if self.transport is not None:
-            self.transport.write(data)
+            self.transport.write(self.tls.seal(data))
 
     def drop(self) -> None:
         """Give the connection up at once."""

@@ -15,8 +15,9 @@ from typing import NamedTuple
 from prism.errors import HandoffError, ProtocolError
 from prism.flow import Endpoint
 from prism.handoff import wire
-from prism.handoff.connection import Connection, Shared, connect
+from prism.handoff.connection import Connection, Shared, connect, node_of
 from prism.handoff.machine import Event
+from prism.handoff.secure import Distrust, Why
 from prism.handoff.wire import Hello, Message, Offer, Pong, Reason, Refused, Sealer, Taken
 
 __all__ = ["Answer", "Link", "LinkLost", "OnAnswer", "TimedOut", "answer_event"]
@@ -139,7 +140,7 @@ class Link:
         if self._timer is None or self._timer.when() > due:
             self._arm(due)
         counters.offers_sent += 1
-        calling.transport.write(frame)
+        calling.write(frame)
 
     def close(self) -> None:
         """Stop connecting, drop the connection; outstanding offers get ``LinkLost``."""
@@ -242,6 +243,8 @@ class Link:
 class Calling(Connection):
     """Our connection to a peer: we offer, it answers."""
 
+    server = False
+
     def __init__(self, link: Link) -> None:
         shared = link.shared
         caller_key, listener_key = wire.hello_keys(shared.key)
@@ -251,10 +254,17 @@ class Calling(Connection):
         self._hello = Hello(shared.name, link.peer, os.urandom(wire.NONCE_SIZE))
         self._greeted = False
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Greets."""
-        super().connection_made(transport)
+    def secured(self) -> None:
+        """Greets, if the listener is the node that is called."""
+        node, wanted = self.tls.peer.node, node_of(self.link.peer)
+        if node != wanted:
+            whose = f"is node {node}'s" if node else "is no node's"
+            raise Distrust(Why.WRONG_NODE, f"its certificate {whose}, not {wanted}'s")
         self.write(self.sealer.hello(self._hello))
+
+    def describe(self) -> str:
+        """The listener, for the log."""
+        return f"{self.link.peer} at {self.where} not accepted"
 
     def pause_writing(self) -> None:
         """The kernel takes no more for now."""

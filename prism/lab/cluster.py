@@ -228,6 +228,7 @@ class Cluster:
         ):
             for site in sites:
                 self._add(site.role, role, site.namespace.name, site.address)
+        files.make_certificates(self.dir / "pki", [node for node in self.nodes if node != "switch"])
         for node in self.nodes.values():
             files.write_toml(node.config, settings_of(self, node))
             load(node.config)

@@ -25,6 +25,7 @@ def settings_of(cluster: Cluster, node: Node) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "cluster": {
             "key_file": str(cluster.dir / "cluster.key"),
+            "pki_dir": str(cluster.dir / "pki"),
             "control": str(topology.control),
             "services": [str(service) for service in topology.services(80)],
         },

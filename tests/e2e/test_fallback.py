@@ -15,6 +15,7 @@ from e2e_http import digest, payload
 
 from prism.flow import Endpoint
 from prism.handoff.channel import Channel
+from prism.tls.identity import Identity
 
 PLACE = 'name = "be1"\naddress = "10.77.101.2"'
 
@@ -147,11 +148,14 @@ def _double(bed: Bed, serve: Callable[[], Any]) -> Iterator[None]:
 
 
 def _channel_double(bed: Bed, offers: list[Any]) -> contextlib.AbstractContextManager[None]:
-    """Somebody with be1's key who greets and answers pings, but no offer."""
-    key = bed.cluster.config("be1").cluster.channel_key()
+    """Somebody with be1's keys who greets and answers pings, but no offer."""
+    config = bed.cluster.config("be1")
+    assert config.backend is not None
+    key = config.cluster.channel_key()
+    identity = Identity("be1", config.identity_files(config.backend))
 
     async def serve() -> Callable[[], Any]:
-        channel = Channel("be1/0", key, lambda offer, reply: offers.append(offer))
+        channel = Channel("be1/0", key, lambda offer, reply: offers.append(offer), identity)
         await channel.listen(Endpoint("10.77.101.2", 4900))
         return channel.close
 

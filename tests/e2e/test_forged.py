@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import socket
+import ssl
 import time
 from collections.abc import Callable, Iterator
 
@@ -15,6 +16,7 @@ from e2e_http import digest
 from prism.flow import Endpoint, Flow
 from prism.handoff import wire
 from prism.switch.control import MESSAGE_SIZE, Message, Op, Status, decode, encode, node_id
+from prism.tls.identity import Identity
 
 CLUSTER = {"backends": 2}
 ETH_P_ALL = 3
@@ -113,12 +115,17 @@ def test_unknown_node_is_denied(shared: Bed, probe: socket.socket) -> None:
 
 
 class Caller:
-    """Speaks the handoff protocol to a backend by hand."""
+    """Speaks the handoff protocol to a backend by hand; with fe1's certificate, unless plain."""
 
-    def __init__(self, shared: Bed, key: bytes) -> None:
-        self.sock = shared.client.namespace.socket()
+    def __init__(self, shared: Bed, key: bytes, *, plain: bool = False) -> None:
+        self.sock: socket.socket = shared.client.namespace.socket()
         self.sock.settimeout(4.0)
         self.sock.connect(("10.77.101.2", 4800))
+        if not plain:
+            config = shared.cluster.config("fe1")
+            assert config.frontend is not None
+            identity = Identity("fe1", config.identity_files(config.frontend))
+            self.sock = identity.client_context().wrap_socket(self.sock)
         self.key = key
         seal, self._open = wire.hello_keys(key)
         self.sealer = wire.Sealer(seal)
@@ -129,7 +136,7 @@ class Caller:
         self.sock.sendall(frame)
 
     def greet(self) -> None:
-        hello = wire.Hello("fe9/0", "be1/0", os.urandom(wire.NONCE_SIZE))
+        hello = wire.Hello("fe1/9", "be1/0", os.urandom(wire.NONCE_SIZE))
         self.say(self.sealer.hello(hello))
         decoder = wire.Decoder(self._open)
         while (answer := self._pop(decoder)) is None:
@@ -152,7 +159,7 @@ class Caller:
     def hung_up(self) -> bool:
         try:
             return self.sock.recv(4096) == b""
-        except ConnectionResetError:
+        except (ConnectionResetError, ssl.SSLError):
             return True
 
     def close(self) -> None:
@@ -163,8 +170,9 @@ class Caller:
 def call(shared: Bed) -> Iterator[Callable[..., Caller]]:
     made: list[Caller] = []
 
-    def make(key: bytes | None = None) -> Caller:
-        made.append(Caller(shared, key or shared.cluster.config("be1").cluster.channel_key()))
+    def make(key: bytes | None = None, *, plain: bool = False) -> Caller:
+        key = key or shared.cluster.config("be1").cluster.channel_key()
+        made.append(Caller(shared, key, plain=plain))
         return made[-1]
 
     yield make
@@ -179,18 +187,35 @@ def _channel(shared: Bed) -> dict[str, int]:
 OFFER = wire.Offer(bytes(36), 1, b"\0" * 200)
 
 
-def test_handoff_port_gets_random_octets(shared: Bed, call: Callable[..., Caller]) -> None:
-    """Hung up on at once, counted, no offer heard of."""
+@pytest.mark.parametrize("plain", [True, False])
+def test_handoff_port_gets_random_octets(
+    shared: Bed, call: Callable[..., Caller], plain: bool
+) -> None:
+    """Instead of TLS, or inside it: hung up on at once, counted, no offer heard of."""
     rng = random.Random(2)
     for size in (40, 200, 5000):
         before = _channel(shared)
-        caller = call()
+        caller = call(plain=plain)
         caller.say(rng.randbytes(size))
         assert caller.hung_up()
         now = _channel(shared)
         faults = ("malformed", "bad_mac", "replays", "handshakes_failed")
         assert sum(now[n] for n in faults) > sum(before[n] for n in faults)
+        assert now["tls_not_tls"] == before["tls_not_tls"] + plain
         assert now["offers_received"] == before["offers_received"]
+
+
+def test_caller_that_is_another_node(shared: Bed, call: Callable[..., Caller]) -> None:
+    """The cluster key and a node's certificate, but the name of another one in the HELLO."""
+    before = _channel(shared)
+    caller = call()
+    caller.say(caller.sealer.hello(wire.Hello("be2/0", "be1/0", os.urandom(16))))
+    assert caller.hung_up()
+    assert _channel(shared)["tls_wrong_node"] == before["tls_wrong_node"] + 1
+    assert (
+        "it says it is be2/0; its certificate is node fe1's"
+        in shared.cluster.node("be1").log.read_text()
+    )
 
 
 def test_caller_without_the_key(shared: Bed, call: Callable[..., Caller]) -> None:

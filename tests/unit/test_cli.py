@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from channel_bed import pki_directory
 
 from prism import __version__
 from prism.cli import main
 from prism.commands.lab import _settings
 from prism.errors import ConfigError
 
-GOOD = """
+GOOD = f"""
 [cluster]
 key = "00112233445566778899aabbccddeeff"
+pki_dir = "{pki_directory()}"
 control = "10.77.0.1:4790"
 [[nodes]]
 name = "be1"
@@ -70,7 +72,7 @@ def test_a_bad_file_is_a_line_and_exit_code_2(prism: Prism, tmp_path: Path, comm
     done = prism(command, "-c", str(path))
     assert done.returncode == 2
     assert done.stderr == (
-        f"prism-proxy: {path}:10: backend.wrkers: unknown key; did you mean 'workers'?\n"
+        f"prism-proxy: {path}:11: backend.wrkers: unknown key; did you mean 'workers'?\n"
     )
     assert prism(command, "-c", str(tmp_path / "none")).returncode == 2
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from channel_bed import authority, issue_in_the_past
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +18,7 @@ from prism.config_reference import reference
 from prism.errors import ConfigError
 from prism.flow import Endpoint
 from prism.lab.files import to_toml
+from prism.tls import pki
 from prism.tomlpos import line_of, positions
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +57,9 @@ def test_the_example_is_good(tmp_path: Path) -> None:
     (tmp_path / "prism.toml").write_text((ROOT / "examples/prism.toml").read_text())
     (tmp_path / "cluster.key").touch(mode=0o600)
     (tmp_path / "cluster.key").write_text(KEY + "\n")
+    pki.init(tmp_path / "pki")
+    for node in ("fe1", "be1"):
+        pki.issue(tmp_path / "pki", pki.Request(node))
     config = load(tmp_path / "prism.toml")
     assert config.frontend is not None
     assert config.backend is not None
@@ -90,7 +97,7 @@ def test_a_backend_that_contradicts_its_entry_is_refused() -> None:
     [
         (CLUSTER + NODES + FRONTEND + "wokers = 2", 20, "frontend.wokers", "mean 'workers'?"),
         (CLUSTER + "[frontnd]\n", 6, "frontnd", "mean 'frontend'?"),
-        (CLUSTER + "colour = 1", 6, "cluster.colour", "known here: control, key, key_file"),
+        (CLUSTER + "colour = 1", 6, "cluster.colour", "known here: ca, control, key, key_file"),
         (CLUSTER + NODES + FRONTEND + "workers = 0", 20, "frontend.workers", "greater than or"),
         (CLUSTER + NODES + FRONTEND + 'handoff = "no"', 20, "frontend.handoff", "'never'"),
         (
@@ -180,6 +187,97 @@ def test_a_key_file_that_others_can_read_is_refused(tmp_path: Path) -> None:
         parse(text, base=tmp_path)
     key.chmod(0o600)
     assert parse(text, base=tmp_path).cluster.control_key() == parse(CLUSTER).cluster.control_key()
+
+
+NODE = CLUSTER + 'pki_dir = "pki"\n' + NODES + FRONTEND
+PKI_LINE = NODE.splitlines().index('pki_dir = "pki"') + 1
+
+
+@pytest.fixture
+def node_files(tmp_path: Path) -> Path:
+    """Good certificate files of fe1, to be broken; the configuration file beside them."""
+    authority(tmp_path / "pki")
+    pki.issue(tmp_path / "pki", pki.Request("fe1"))
+    (tmp_path / "x.toml").write_text(NODE)
+    load(tmp_path / "x.toml")
+    return tmp_path / "pki"
+
+
+def certificate_problem(pki_dir: Path) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(pki_dir.parent / "x.toml")
+    (problem,) = str(caught.value).split("\n")
+    return problem.removeprefix(str(pki_dir.parent / "x.toml"))
+
+
+def _other_ca(pki_dir: Path) -> None:
+    pki.init(pki_dir, force=True)
+
+
+def _other_node(pki_dir: Path) -> None:
+    pki.issue(pki_dir, pki.Request("be1"))
+    for end in (".pem", ".key"):
+        (pki_dir / f"be1{end}").replace(pki_dir / f"fe1{end}")
+
+
+def _service(pki_dir: Path) -> None:
+    pki.issue(pki_dir, pki.Request("fe1", server=True, dns=("fe1",)), force=True)
+
+
+def _mismatch(pki_dir: Path) -> None:
+    pki.issue(pki_dir, pki.Request("be1"))
+    (pki_dir / "be1.key").replace(pki_dir / "fe1.key")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda d: (d / "ca.pem").unlink(), r"cannot read .*/ca\.pem: No such file .*pki init"),
+        (lambda d: (d / "fe1.pem").unlink(), r"cannot read .*/fe1\.pem: No such .*issue DIR fe1"),
+        (lambda d: (d / "fe1.key").unlink(), r"cannot read .*/fe1\.key: No such file"),
+        (lambda d: (d / "fe1.key").chmod(0o640), r"open to others \(mode 640\): chmod 600 .*key"),
+        (lambda d: (d / "fe1.key").write_text("?"), r"fe1\.key has no private key"),
+        (lambda d: (d / "fe1.pem").write_text("?"), r"fe1\.pem has no certificate"),
+        (lambda d: issue_in_the_past(d, "fe1", until=-60), r"fe1\.pem expired on .*pki issue"),
+        (_other_ca, r"fe1\.pem was not issued by the CA in .*/ca\.pem; issue one with"),
+        (_other_node, r"is the certificate of node be1, not of fe1; issue one with"),
+        (_service, r"is the certificate of no node, not of fe1"),
+        (_mismatch, r"fe1\.key is not the key of .*/fe1\.pem"),
+    ],
+)
+def test_certificates_that_a_node_cannot_use(
+    node_files: Path, spoil: Callable[[Path], object], message: str
+) -> None:
+    spoil(node_files)
+    problem = certificate_problem(node_files)
+    assert problem.startswith(f":{PKI_LINE}: cluster.pki_dir: ")
+    assert re.search(message, problem)
+
+
+@pytest.mark.parametrize(
+    ("section", "option", "file"),
+    [
+        ("cluster", "ca", "ca.pem"),
+        ("frontend", "node_certificate", "fe1.pem"),
+        ("frontend", "node_key", "fe1.key"),
+    ],
+)
+def test_certificate_files_elsewhere(
+    node_files: Path, tmp_path: Path, section: str, option: str, file: str
+) -> None:
+    text = NODE.replace(f"[{section}]", f'[{section}]\n{option} = "elsewhere"')
+    (tmp_path / "x.toml").write_text(text)
+    line = text.splitlines().index(f'{option} = "elsewhere"') + 1
+    assert certificate_problem(node_files).startswith(f":{line}: {section}.{option}: cannot read ")
+    (node_files / file).replace(tmp_path / "elsewhere")
+    config = load(tmp_path / "x.toml")
+    assert config.frontend is not None
+    assert tmp_path / "elsewhere" in config.identity_files(config.frontend)
+
+
+def test_a_switch_needs_no_certificate(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text(CLUSTER + NODES + '[switch]\ninterfaces = ["eth0"]\n')
+    load(tmp_path / "x.toml")
 
 
 def test_neither_or_both_keys_are_refused() -> None:

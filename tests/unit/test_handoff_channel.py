@@ -8,13 +8,15 @@ import multiprocessing
 import os
 import signal
 import socket
+import ssl
 
 import pytest
 import uvloop
+from channel_bed import authority, files_of, identity_of, issue_in_the_past
 
 from prism.errors import HandoffError
 from prism.flow import Endpoint
-from prism.handoff import connection, link, wire
+from prism.handoff import connection, link, secure, wire
 from prism.handoff.channel import (
     Channel,
     LinkLost,
@@ -26,6 +28,8 @@ from prism.handoff.channel import (
     answer_event,
 )
 from prism.handoff.machine import Event
+from prism.tls import pki
+from prism.tls.identity import Identity, IdentityError, IdentityFiles
 
 pytestmark = pytest.mark.filterwarnings("ignore:Overriding the .event_loop_policy")
 KEY = b"0123456789abcdef"
@@ -47,8 +51,10 @@ def fast(monkeypatch):
 
 
 @contextlib.asynccontextmanager
-async def channel(name, on_offer=lambda offer, reply: reply(Taken()), key=KEY, **times):
-    made = Channel(name, key, on_offer)
+async def channel(
+    name, on_offer=lambda offer, reply: reply(Taken()), key=KEY, identity=None, **times
+):
+    made = Channel(name, key, on_offer, identity or identity_of(name.partition("/")[0]))
     for attribute, value in times.items():
         setattr(made.shared, attribute, value)
     try:
@@ -67,6 +73,31 @@ async def until(condition, seconds=3.0):
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.005)
+
+
+def client_context(files: IdentityFiles | None = None) -> ssl.SSLContext:
+    """Of somebody who does not care who listens; with files, even unusable ones, to show."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    if files is not None:
+        context.load_cert_chain(files.certificate, files.key)
+    return context
+
+
+async def say(endpoint, data, context, loud=False) -> None:
+    """Connect, say something, and be hung up on."""
+    reader, writer = await asyncio.open_connection(*endpoint, ssl=context)
+    try:
+        writer.write(data)
+        await asyncio.wait_for(reader.read(), 2)
+    except (ConnectionResetError, ssl.SSLError):
+        if loud:
+            raise
+    finally:
+        writer.close()
+        with contextlib.suppress(ConnectionError, ssl.SSLError):
+            await writer.wait_closed()
 
 
 class Wiretap:
@@ -307,12 +338,11 @@ async def test_a_caller_that_says_nothing_is_dropped():
 async def test_garbage_is_dropped_and_counted(data):
     async with channel("be1/0") as there:
         endpoint = await there.listen(ANYWHERE)
-        reader, writer = await asyncio.open_connection(*endpoint)
-        writer.write(data)
-        with contextlib.suppress(ConnectionResetError):
-            assert await asyncio.wait_for(reader.read(), 2) == b""
-        writer.close()
+        await say(endpoint, data, None)
+        assert there.counters.tls_not_tls == 1
+        await say(endpoint, data, identity_of("fe1").client_context())
         assert there.counters.malformed + there.counters.bad_mac == 1
+        assert there.counters.handshakes_failed == 2
 
 
 async def test_a_wrong_key_is_refused():
@@ -323,11 +353,168 @@ async def test_a_wrong_key_is_refused():
         assert there.counters.connects == here.counters.connects == 0
 
 
-async def test_the_wrong_node_is_refused():
-    async with channel("be2/0") as there, channel("fe1/0") as here:
+async def test_the_wrong_worker_is_refused():
+    async with channel("be1/1") as there, channel("fe1/0") as here:
         way = here.link("be1/0", await there.listen(ANYWHERE))
         assert not await way.wait_connected(0.1)
         assert there.counters.malformed > 0
+
+
+async def test_a_listener_of_another_node_is_told_nothing(caplog):
+    async with channel("be2/0") as there, channel("fe1/0") as here:
+        way = here.link("be1/0", await there.listen(ANYWHERE))
+        assert not await way.wait_connected(0.1)
+        assert here.counters.tls_wrong_node > 0
+        assert there.counters.malformed == 0
+        (line,) = caplog.messages
+        assert f"be1/0 at {way.endpoint} not accepted: its certificate is node be2's" in line
+
+
+async def test_a_caller_with_another_node_s_certificate_is_turned_away(caplog):
+    """It has the cluster key, too, so its HELLO's MAC is good."""
+    async with channel("be1/0") as there:
+        endpoint = await there.listen(ANYWHERE)
+        sealer = wire.Sealer(wire.hello_keys(KEY)[0])
+        hello = sealer.hello(wire.Hello("be2/0", "be1/0", bytes(16)))
+        await say(endpoint, hello, identity_of("fe1").client_context())
+        assert there.counters.tls_wrong_node == there.counters.handshakes_failed == 1
+        assert there.counters.connects == 0
+        assert "turned away: it says it is be2/0; its certificate is node fe1's" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["fe1", "web"])
+async def test_a_service_s_certificate_is_no_node_s(caplog, tmp_path, name):
+    """Issued by the same CA, for a service that may even have a node's name."""
+    pki.issue(authority(tmp_path), pki.Request(name, server=True, dns=("fe1",)))
+    async with channel("be1/0") as there:
+        endpoint = await there.listen(ANYWHERE)
+        sealer = wire.Sealer(wire.hello_keys(KEY)[0])
+        hello = sealer.hello(wire.Hello("fe1/0", "be1/0", bytes(16)))
+        await say(endpoint, hello, client_context(files_of(name, tmp_path)))
+        assert there.counters.tls_untrusted == 1
+        assert there.counters.connects == 0
+        assert "certificate is not accepted" in caplog.text
+
+
+async def test_a_caller_without_a_certificate_is_turned_away(caplog):
+    async with channel("be1/0") as there:
+        endpoint = await there.listen(ANYWHERE)
+        context = client_context()
+        await say(endpoint, b"hello", context)
+        await say(endpoint, b"hello", context)
+        assert there.counters.tls_no_certificate == 2
+        (line,) = caplog.messages  # the second one only counts into a later line
+        assert "handoff channel: 127.0.0.1:" in line
+        assert line.endswith("turned away: it has shown no certificate")
+
+
+async def test_another_ca_s_certificates_are_refused_at_both_ends(caplog, tmp_path):
+    pki.init(tmp_path)
+    pki.issue(tmp_path, pki.Request("fe1"))
+    async with channel("be1/0") as there:
+        endpoint = await there.listen(ANYWHERE)
+        await say(endpoint, b"hello", client_context(files_of("fe1", tmp_path)))
+        assert there.counters.tls_untrusted == 1
+        async with channel("fe1/0", identity=identity_of("fe1", tmp_path)) as here:
+            assert not await here.link("be1/0", endpoint).wait_connected(0.1)
+            assert here.counters.tls_untrusted > 0
+            assert there.counters.tls_refused_us > 0
+        assert "unable to get local issuer certificate" in caplog.text
+        assert "it refuses this node's certificate or TLS: unknown ca" in caplog.text
+
+
+async def test_an_expired_certificate_is_refused_and_its_node_told(caplog, tmp_path):
+    issue_in_the_past(authority(tmp_path), "fe1", until=-60)
+    with pytest.raises(IdentityError, match=r"fe1\.pem expired on .*issue DIR fe1 --force"):
+        identity_of("fe1", tmp_path)
+    async with channel("be1/0") as there:
+        endpoint = await there.listen(ANYWHERE)
+        with pytest.raises(ssl.SSLError, match="EXPIRED"):
+            await say(endpoint, b"hello", client_context(files_of("fe1", tmp_path)), True)
+        assert there.counters.tls_expired == 1
+        assert "its certificate is not accepted: certificate has expired" in caplog.text
+
+
+async def test_a_certificate_that_expires_ends_its_connection(caplog, tmp_path):
+    issue_in_the_past(authority(tmp_path), "fe1", until=1.5)
+    async with (
+        channel("be1/0", ping_interval=0.05) as there,
+        channel("fe1/0", identity=identity_of("fe1", tmp_path), ping_interval=0.05) as here,
+    ):
+        way = here.link("be1/0", await there.listen(ANYWHERE))
+        assert await way.wait_connected(1)
+        await until(lambda: not way.connected)
+        assert there.counters.tls_expired >= 1
+        assert "its certificate has expired meanwhile" in caplog.text
+        await until(lambda: here.counters.tls_refused_us > 0)
+        assert "it refuses this node's certificate or TLS: certificate expired" in caplog.text
+
+
+async def test_tls_1_2_is_refused(caplog):
+    context = client_context(files_of("fe1"))
+    context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_2
+    async with channel("be1/0") as there:
+        endpoint = await there.listen(ANYWHERE)
+        with pytest.raises(ssl.SSLError, match="PROTOCOL_VERSION"):
+            await say(endpoint, b"hello", context)
+        assert there.counters.tls_old_tls == 1
+        assert "it does not speak TLS 1.3" in caplog.text
+
+
+async def test_what_is_on_the_wire_shows_neither_key_nor_state():
+    secret = os.urandom(300)
+    async with channel("be1/0") as there, channel("fe1/0") as here:
+        async with Wiretap(await there.listen(ANYWHERE)) as tap:
+            way = here.link("be1/0", tap.endpoint)
+            assert await way.wait_connected(2)
+            assert type(await ask(way, OFFER._replace(tls=secret))) is Taken
+            captured = bytes(tap.captured)
+        assert len(captured) > len(secret)
+        for at in range(0, 300, 8):
+            assert secret[at : at + 8] not in captured
+        assert b"be1" not in captured
+
+
+async def test_a_renewed_certificate_is_used_without_a_restart(caplog, tmp_path):
+    directory = authority(tmp_path)
+    issue_in_the_past(directory, "be1", until=3600)
+    identity = identity_of("be1", directory)
+    async with channel("be1/0", identity=identity) as there, channel("fe1/0") as here:
+        endpoint = await there.listen(ANYWHERE)
+        way = here.link("be1/0", endpoint)
+        assert await way.wait_connected(2)
+        first = way._calling.tls.peer.not_after
+        # Half of a renewal: the key is there, its certificate is not yet.
+        pki.issue(directory, pki.Request("new"))
+        old_key = (directory / "be1.key").read_bytes()
+        (directory / "be1.key").write_bytes((directory / "new.key").read_bytes())
+        way._calling.drop()
+        await until(lambda: way.connected)
+        assert way._calling.tls.peer.not_after == first
+        assert caplog.text.count("changed certificate files are not used") == 1
+        assert "is not the key of" in caplog.text
+        (directory / "be1.key").write_bytes(old_key)
+        pki.issue(directory, pki.Request("be1"), force=True)
+        assert way.connected  # the connection that was there stays
+        way._calling.drop()
+        await until(lambda: way.connected)
+        assert way._calling.tls.peer.not_after > first
+        assert type(await ask(way)) is Taken
+
+
+async def test_complaints_are_bounded(caplog, monkeypatch):
+    monkeypatch.setattr(secure, "_MAX_TOPICS", 4)
+    complaints = secure.Complaints()
+    for number in range(100):
+        complaints.say(f"192.0.2.{number}", 1, "text")
+    assert len(complaints._topics) <= 5
+    assert len(caplog.messages) == 5
+    monkeypatch.setattr(secure, "_QUIET", 0.0)
+    for entry in complaints._topics.values():
+        entry[0] = 0.0
+    complaints.say("192.0.2.200", 1, "text")
+    complaints.say("", 0, "text")
+    assert len(complaints._topics) <= 5
 
 
 async def test_a_replayed_capture_makes_no_offer():
@@ -346,16 +533,12 @@ async def test_a_replayed_capture_makes_no_offer():
             way.close()
             captured = bytes(tap.captured)
         assert len(offers) == 1
-        reader, writer = await asyncio.open_connection(*endpoint)
-        writer.write(captured)
-        with contextlib.suppress(ConnectionResetError):
-            await asyncio.wait_for(reader.read(), 2)
-        writer.close()
+        await say(endpoint, captured, None)
         assert len(offers) == 1
-        assert there.counters.bad_mac == 1
+        assert there.counters.handshakes_failed == 1
 
 
-async def test_a_frame_repeated_on_its_own_connection_ends_it():
+async def test_a_record_repeated_on_its_own_connection_ends_it():
     offers = []
     async with (
         channel("be1/0", lambda offer, reply: offers.append(offer)) as there,
@@ -371,7 +554,7 @@ async def test_a_frame_repeated_on_its_own_connection_ends_it():
         tap.inject(bytes(tap.captured[before:]))
         await until(lambda: answers)
         assert answers == [LinkLost()]
-        assert there.counters.replays == 1
+        assert there.counters.tls_broken == 1
         assert len(offers) == 1
 
 
@@ -387,7 +570,7 @@ async def test_an_answer_altered_on_its_way_is_not_believed():
             data if to_listener else data[:-1] + bytes((data[-1] ^ 1,))
         )
         assert await ask(way, deadline=30) == LinkLost()
-        assert here.counters.bad_mac == 1
+        assert here.counters.tls_broken == 1
 
 
 async def test_callers_are_bounded(monkeypatch):
@@ -414,9 +597,9 @@ async def test_closing_the_channel_loses_what_is_outstanding():
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
-def _serve(pipe) -> None:
+def _serve(pipe, files) -> None:
     async def main() -> None:
-        there = Channel("be1/0", KEY, lambda offer, reply: None)
+        there = Channel("be1/0", KEY, lambda offer, reply: None, Identity("be1", files))
         pipe.send(await there.listen(ANYWHERE))
         await asyncio.sleep(60)
 
@@ -426,7 +609,7 @@ def _serve(pipe) -> None:
 async def test_a_killed_process_loses_what_is_outstanding():
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(False)
-    process = context.Process(target=_serve, args=(sender,), daemon=True)
+    process = context.Process(target=_serve, args=(sender, files_of("be1")), daemon=True)
     process.start()
     try:
         endpoint = await asyncio.to_thread(receiver.recv)
@@ -456,7 +639,12 @@ def test_answers_are_events():
 @pytest.mark.parametrize(("name", "key"), [("", KEY), ("n" * 65, KEY), ("fe1/0", b"short")])
 def test_names_and_keys_that_cannot_be_used(name, key):
     with pytest.raises(ValueError, match="octets"):
-        Channel(name, key, lambda offer, reply: None)
+        Channel(name, key, lambda offer, reply: None, identity_of("fe1"))
+
+
+def test_a_channel_needs_its_own_node_s_certificate():
+    with pytest.raises(ValueError, match="be1/0 cannot show the certificate of node be2"):
+        Channel("be1/0", KEY, lambda offer, reply: None, identity_of("be2"))
 
 
 def test_the_handshake_takes_less_than_the_silence():
