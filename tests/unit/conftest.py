@@ -8,7 +8,15 @@ from collections.abc import Callable, Mapping
 import pytest
 import uvloop
 
-BOTH_LOOPS = frozenset(("test_http_body.py", "test_objectstore.py", "test_relay.py"))
+BOTH_LOOPS = frozenset(
+    (
+        "test_http_body.py",
+        "test_objectstore.py",
+        "test_relay.py",
+        "test_tls_handshake.py",
+        "test_tls_server.py",
+    )
+)
 """Files whose tests run on both loops, which differ in when they notice input and errors."""
 
 
