@@ -133,7 +133,7 @@ class Partitioned(_Base):
 
     def choose(self, key: str, avoid: Container[str] = ()) -> Node:
         """As :meth:`Placement.choose`."""
-        data = key.encode("utf-8", "surrogateescape")
+        data = key.encode("utf-8", "surrogatepass")
         best: Node | None = None
         highest = -1.0
         for seed, node in self._seeds:

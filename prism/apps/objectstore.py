@@ -175,18 +175,20 @@ class ObjectStore:
             upload = self.objects.upload(head.key, fields)
         except ValueError as error:
             raise HttpError(400, str(error)) from None
-        committed = False
         try:
             last = await self._store(exchange, upload)
             meta, created = await self._run(
                 upload.commit, last, md5, lambda current: _refuse_unless(head, current)
             )
-            committed = True
-        except DigestMismatch:
-            raise HttpError(400, "the body does not have the announced Content-MD5") from None
-        finally:
-            if not committed:
-                self._pool.submit(upload.abandon)
+        except BaseException as error:
+            abandoned = self._pool.submit(upload.abandon)
+            if isinstance(error, asyncio.CancelledError):
+                raise
+            await asyncio.wrap_future(abandoned)  # whoever hears of it may use the room at once
+            if isinstance(error, DigestMismatch):
+                detail = "the body does not have the announced Content-MD5"
+                raise HttpError(400, detail) from None
+            raise
         rest = exchange.respond(201 if created else 204, ((b"ETag", meta.etag),))
         if rest is not None:
             await rest

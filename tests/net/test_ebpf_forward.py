@@ -87,8 +87,11 @@ class Connection:
         return rule.gen
 
     def close(self) -> None:
-        self.client.close()
+        # A reset, so that nothing of this connection is sent again after its rule is gone.
+        if self.served.fileno() >= 0:
+            self.served.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.served.close()
+        self.client.close()
         rule = self.bed.switch.get(self.flow)
         if rule is not None:
             assert self.bed.switch.delete(self.flow, rule.gen)

@@ -312,11 +312,11 @@ def test_an_answer_over_ipv4(
     verdict, out = run(ether / ip / UDP(sport=999, dport=4790, chksum=checksum) / Raw(data))
     assert verdict == REDIRECT
     reply = Ether(out)
-    assert decode(bytes(reply[Raw]), KEY).status == Status.OK
+    assert decode(bytes(reply[UDP].payload), KEY).status == Status.OK
     back = ether.copy()
     back.src, back.dst = ether.dst, ether.src
     back /= IP(src=CONTROL.host, dst="10.0.0.9", ttl=64, tos=4, id=5)
-    back /= UDP(sport=4790, dport=999, chksum=checksum) / Raw(bytes(reply[Raw]))
+    back /= UDP(sport=4790, dport=999, chksum=checksum) / Raw(bytes(reply[UDP].payload))
     assert out == bytes(back)
 
 
