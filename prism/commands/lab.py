@@ -39,7 +39,7 @@ def lab() -> None:
 @click.option("--frontends", default=1, show_default=True, type=click.IntRange(1, 80))
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(1, 64))
 @click.option("--rate", help="Rate of each node's link, each way, such as 200mbit.")
-@click.option("--tls", is_flag=True, help="Serve HTTPS (not yet available).")
+@click.option("--tls", is_flag=True, help="Serve HTTPS on port 443, too.")
 @click.option(
     "--switch",
     "kind",
@@ -63,7 +63,6 @@ def lab() -> None:
 @click.option("--detach", is_flag=True, help="Leave it running; end it with: lab down.")
 def up(  # noqa: PLR0917
     name: str,
-    tls: bool,
     kind: str,
     app: str | None,
     upstream: str | None,
@@ -74,7 +73,7 @@ def up(  # noqa: PLR0917
     """Bring a cluster up; without --detach, until Ctrl-C."""
     from prism.lab.cluster import Cluster, Options  # noqa: PLC0415
 
-    missing = {"--tls": tls, "--switch p4runtime": kind == "p4runtime", "--app": app}
+    missing = {"--switch p4runtime": kind == "p4runtime", "--app": app}
     for option, given in {**missing, "--upstream": upstream}.items():
         if given:
             raise ConfigError(f"lab up {option}: not yet available")
@@ -138,7 +137,8 @@ def _watch(cluster: Cluster) -> NoReturn:
 def _announce(cluster: Cluster, detached: bool) -> None:
     suffix = "" if cluster.name == "prism" else f" --name {cluster.name}"
     click.echo(f"lab {cluster.name} is up: {', '.join(cluster.nodes)}; service: {cluster.url}")
-    click.echo(f"  try:  prism-proxy lab exec{suffix} client -- curl -s {cluster.url}/")
+    trust = f"--cacert {cluster.ca_file} " if cluster.ca_file else ""
+    click.echo(f"  try:  prism-proxy lab exec{suffix} client -- curl -s {trust}{cluster.url}/")
     end = f"prism-proxy lab down{suffix}" if detached else "Ctrl-C"
     click.echo(f"  logs: {cluster.dir}/log/; end it with: {end}")
 

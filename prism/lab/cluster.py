@@ -22,6 +22,7 @@ from typing import Any, Self
 from prism.config import Config, load
 from prism.errors import ConfigError, PrismError
 from prism.lab import files, report
+from prism.lab.certificates import ca_file, make_node_certificates, make_service_certificate
 from prism.lab.settings import settings_of
 from prism.lab.topology import Topology, check_name, namespaces_of, parse_rate, remove_all
 from prism.process import start_time
@@ -49,6 +50,7 @@ class Options:
         placement: name of the placement.
         settings: further settings, ``{"frontend.handoff": "never"}``.
         trace: whether the nodes log each handoff step by step.
+        tls: whether HTTPS is served on port 443, beside plain HTTP on port 80.
     """
 
     backends: int = 2
@@ -61,6 +63,7 @@ class Options:
     placement: str = "partitioned"
     settings: Mapping[str, Any] = field(default_factory=dict)
     trace: bool = True
+    tls: bool = False
 
 
 @dataclass(slots=True)
@@ -228,7 +231,9 @@ class Cluster:
         ):
             for site in sites:
                 self._add(site.role, role, site.namespace.name, site.address)
-        files.make_certificates(self.dir / "pki", [node for node in self.nodes if node != "switch"])
+        make_node_certificates(self.dir, [site.role for site in self.topology.nodes])
+        if self.options.tls:
+            make_service_certificate(self.dir, self.topology.services(443))
         for node in self.nodes.values():
             files.write_toml(node.config, settings_of(self, node))
             load(node.config)
@@ -299,7 +304,7 @@ class Cluster:
 
     @property
     def url(self) -> str:
-        """The service's base URL, IPv4."""
+        """The service's base URL, IPv4; ``https://`` in a lab with TLS."""
         return self._url(0)
 
     @property
@@ -307,9 +312,15 @@ class Cluster:
         """The service's base URL, IPv6."""
         return self._url(1)
 
+    @property
+    def ca_file(self) -> Path | None:
+        """What a client has to trust (``curl --cacert``); ``None`` without TLS."""
+        return ca_file(self.dir) if self.options.tls else None
+
     def _url(self, family: int) -> str:
         service = self.topology.services(80)[family]
-        return f"http://{f'[{service.host}]' if family else service.host}"
+        scheme = "https" if self.options.tls else "http"
+        return f"{scheme}://{f'[{service.host}]' if family else service.host}"
 
     def node(self, name: str) -> Node:
         """One of the cluster's processes: ``switch``, ``fe1``, ``be1``...

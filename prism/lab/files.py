@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from prism.lab.cluster import Node, Options
 
 __all__ = ["create", "directory", "locked", "read_state", "remove", "tail", "write_state"]
-__all__ += ["make_certificates", "mount_bpffs", "to_toml", "write_toml"]
+__all__ += ["mount_bpffs", "to_toml", "write_toml"]
 
 ROOT = Path("/run/prism-lab")
 _MNT_DETACH = 2
@@ -129,15 +129,6 @@ def tail(path: Path, lines: int = 8) -> str:
     with contextlib.suppress(OSError):
         return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
     return "(no log)"
-
-
-def make_certificates(directory: Path, nodes: Sequence[str]) -> None:
-    """Make a cluster CA and a certificate for each node."""
-    from prism.tls import pki  # noqa: PLC0415 - takes a tenth of a second to load
-
-    pki.init(directory)
-    for node in nodes:
-        pki.issue(directory, pki.Request(node))
 
 
 def to_toml(value: object) -> str:

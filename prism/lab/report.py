@@ -29,7 +29,7 @@ def status(cluster: Cluster) -> dict[str, Any]:
         "name": cluster.name,
         "url": cluster.url,
         "url6": cluster.url6,
-        "ca_file": None,
+        "ca_file": cluster.ca_file and str(cluster.ca_file),
         "nodes": {
             name: {
                 "role": node.role,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from prism.errors import ConfigError
+from prism.lab.certificates import tls_settings
 
 if TYPE_CHECKING:
     from prism.lab.cluster import Cluster, Node
@@ -13,13 +14,14 @@ __all__ = ["settings_of"]
 
 _ROLES = ("frontend", "backend", "switch")
 _COMMON = ("cluster", "placement", "telemetry")
+_TLS = ("frontend", "backend")  # roles that serve clients: the switch has no use for keys
 
 
 def settings_of(cluster: Cluster, node: Node) -> dict[str, Any]:
     """The configuration of one process, as sections; the lab's ``settings`` override it.
 
     Raises:
-        ConfigError: a setting that is not of the form ``section.key``.
+        ConfigError: a setting that is not of the form ``section.key``, or of no use here.
     """
     options, topology = cluster.options, cluster.topology
     settings: dict[str, Any] = {
@@ -46,10 +48,14 @@ def settings_of(cluster: Cluster, node: Node) -> dict[str, Any]:
         ],
         node.role: _role(cluster, node),
     }
+    if options.tls and node.role in _TLS:
+        settings["tls"] = tls_settings(cluster.dir, topology.services(443))
     for key, value in options.settings.items():
         section, _, name = key.partition(".")
-        if not name or section not in (*_COMMON, *_ROLES):
+        if not name or section not in (*_COMMON, *_ROLES, "tls"):
             raise ConfigError(f"setting {key!r}: write SECTION.KEY=VALUE")
+        if section == "tls" and not options.tls:
+            raise ConfigError(f"setting {key!r} is for a lab with --tls")
         if section in settings:
             settings[section][name] = value
     return settings

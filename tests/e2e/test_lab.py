@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import ssl
 import stat
 import subprocess
 import sys
@@ -89,6 +91,42 @@ def test_a_detached_lab_through_the_command_line(lab_name: str) -> None:
     down = prism("lab", "down", "--name", lab_name)
     assert (down.returncode, down.stdout) == (0, f"lab {lab_name} is down\n")
     assert_nothing_is_left(lab_name)
+
+
+def test_a_lab_with_tls_has_a_certificate_that_its_ca_file_is_good_for(lab_name: str) -> None:
+    """And plain HTTP as well; what nodes trust each other by is not what clients trust."""
+    options = {"tls.min_version": "1.3"}
+    with Cluster(lab_name, backends=1, tls=True, settings=options) as cluster:
+        assert (cluster.url, cluster.url6) == ("https://10.77.0.80", "https://[fd77::80]")
+        status = Cluster.attach(lab_name).status()
+        assert (status["url"], status["ca_file"]) == (cluster.url, str(cluster.ca_file))
+        for name in ("fe1", "be1"):
+            tls = cluster.config(name).tls
+            assert tls is not None
+            assert tls.listen == cluster.topology.services(443)
+            assert tls.min_version == "1.3"
+        assert cluster.config("switch").tls is None
+
+        client = ssl.create_default_context(cafile=cluster.ca_file)
+        server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        server.load_cert_chain(tls.certificates[0].certificate, tls.certificates[0].key)
+        for name in ("10.77.0.80", "fd77::80", "prism.lab"):
+            one, two = ssl.MemoryBIO(), ssl.MemoryBIO()
+            ends = (
+                client.wrap_bio(one, two, server_hostname=name),
+                server.wrap_bio(two, one, server_side=True),
+            )
+            for end in ends * 2:
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    end.do_handshake()
+            assert ends[0].getpeercert()
+        assert (cluster.dir / "pki/ca.pem").read_bytes() != cluster.ca_file.read_bytes()
+
+        plain = ["curl", "-sSf", "--max-time", "10", "http://10.77.0.80/"]
+        assert cluster.exec("client", plain, capture_output=True).returncode == 0
+    assert_nothing_is_left(lab_name)
+    with pytest.raises(ConfigError, match="for a lab with --tls"):
+        Cluster(lab_name, settings=options).up()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -87,7 +87,7 @@ def test_a_role_without_its_section_is_refused(prism: Prism, tmp_path: Path, com
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--tls"], ["--switch", "p4runtime"], ["--app", "a:b"], ["--upstream", "x"]]
+    "arguments", [["--switch", "p4runtime"], ["--app", "a:b"], ["--upstream", "x"]]
 )
 def test_what_is_not_there_yet_says_so(prism: Prism, arguments: list[str]) -> None:
     done = prism("lab", "up", "--name", "pt-none", *arguments)
