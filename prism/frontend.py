@@ -19,11 +19,16 @@ from prism.handoff.wire import Reason, Refused
 from prism.http.connection import Connection
 from prism.http.exchange import App
 from prism.http.head import RequestHead
-from prism.http.stream import PlainStream
+from prism.http.stream import PlainStream, Stream
 from prism.listener import Listener
 from prism.node import Node, Refusal
 from prism.placement import Node as Place
 from prism.process import serve
+from prism.tls.context import TlsContexts
+from prism.tls.established import Established
+from prism.tls.peer import Peer, pack_peer
+from prism.tls.server import TlsServer
+from prism.tls.stream import TlsStream
 
 __all__ = ["Frontend", "run"]
 
@@ -36,7 +41,20 @@ class Frontend(Node):
     role = "frontend"
     keeps_rules = False
 
-    def __init__(self, config: Config, worker: int = 0) -> None:
+    def __init__(
+        self, config: Config, worker: int = 0, contexts: TlsContexts | None = None
+    ) -> None:
+        """Prepare a worker.
+
+        Args:
+            config: with a ``[frontend]`` section.
+            worker: its number.
+            contexts: TLS contexts made before the workers were forked: a session ticket of one
+                is good at the others then. By default each makes its own.
+
+        Raises:
+            ConfigError: something is missing, or a certificate cannot be used.
+        """
         if config.frontend is None:
             raise ConfigError("the configuration has no [frontend] section: add one")
         if not config.listen:
@@ -45,6 +63,8 @@ class Frontend(Node):
         self.frontend: FrontendConfig = config.frontend
         self.listing = Listing(self.peers.placement.nodes)
         self._listeners: list[Listener] = []
+        self._contexts = contexts
+        self._tls: TlsServer | None = None
 
     async def start(self) -> None:
         """Join the cluster, then listen.
@@ -54,8 +74,13 @@ class Frontend(Node):
             OSError: an address cannot be bound.
         """
         await super().start()
+        tls = self.config.tls
+        secure = tls.listen if tls is not None else ()
+        if tls is not None and secure:
+            self._tls = TlsServer(tls, self._contexts)
         for endpoint in self.config.listen:
-            self._listeners.append(Listener(endpoint, self.frontend.backlog, self._accepted))
+            on_accept = self._accepted_tls if endpoint in secure else self._accepted
+            self._listeners.append(Listener(endpoint, self.frontend.backlog, on_accept))
 
     def stop_listening(self) -> None:
         """Accept no more connections; those in the queue are taken still. Idempotent."""
@@ -71,17 +96,46 @@ class Frontend(Node):
     async def close(self) -> None:
         """Close everything at once."""
         self.stop_listening()
+        if self._tls is not None:
+            self._tls.close()
         await super().close()
 
-    def _accepted(self, sock: socket.socket, client: Endpoint, service: Endpoint) -> None:
+    def status(self) -> dict[str, Any]:
+        """The status document."""
+        document = super().status()
+        if self._tls is not None:
+            document["tls"] = self._tls.snapshot()
+        return document
+
+    def _has_room(self, sock: socket.socket) -> bool:
+        """Count a new connection; one too many is closed."""
         self.metrics.accepted += 1
-        if len(self.connections) >= self.frontend.max_connections:
-            self.metrics.connections_refused += 1
-            sock.close()
+        handshakes = len(self._tls) if self._tls is not None else 0
+        if len(self.connections) + handshakes < self.frontend.max_connections:
+            return True
+        self.metrics.connections_refused += 1
+        sock.close()
+        return False
+
+    def _accepted(self, sock: socket.socket, client: Endpoint, service: Endpoint) -> None:
+        if self._has_room(sock):
+            flow = Flow(client, service)
+            self._begin(PlainStream(sock, flow), flow)
+
+    def _accepted_tls(self, sock: socket.socket, client: Endpoint, service: Endpoint) -> None:
+        if self._tls is None or not self._has_room(sock):
             return
         flow = Flow(client, service)
+
+        def done(sock: socket.socket, established: Established | None) -> None:
+            if established is not None:
+                self._begin(_tls_stream(sock, established, flow), flow)
+
+        self._tls.accept(sock, flow, done)
+
+    def _begin(self, stream: Stream, flow: Flow) -> None:
         key = flow.pack()
-        connection = Connection(PlainStream(sock, flow), flow, key, self, local=service)
+        connection = Connection(stream, flow, key, self, local=flow.service)
         self.connections[key] = connection
         connection.start()
 
@@ -117,6 +171,15 @@ class Frontend(Node):
         """A frontend's own connections have no rules."""
 
 
+def _tls_stream(sock: socket.socket, established: Established, flow: Flow) -> TlsStream:
+    """The stream of a finished handshake."""
+    identity = established.client_identity
+    peer = Peer(established.server_name)
+    if identity is not None:
+        peer = Peer(established.server_name, identity.subject, identity.names, identity.fingerprint)
+    return TlsStream(sock, established.tls, flow, facts=pack_peer(peer))
+
+
 async def run_node(node: Node, stop: asyncio.Event) -> None:
     """Serve until told to stop, then let open requests end."""
     try:
@@ -137,9 +200,10 @@ def run(config: Config) -> int:
     if config.frontend is None:
         raise ConfigError("the configuration has no [frontend] section: add one")
     frontend = config.frontend
+    contexts = TlsContexts(config.tls) if config.tls is not None and config.tls.listen else None
 
     async def main(worker: int, stop: asyncio.Event) -> None:
-        await run_node(Frontend(config, worker), stop)
+        await run_node(Frontend(config, worker, contexts), stop)
 
     names = [frontend.worker_name(worker) for worker in range(frontend.workers)]
     return serve(main, names, config.telemetry, patience=frontend.drain_timeout + 5)

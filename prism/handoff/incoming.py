@@ -58,7 +58,7 @@ class Incoming:
         flow: the connection as the client sees it.
         local: the imported socket's own address and port.
         gen: the rule's generation: the lock's, after the commit this node's.
-        tls: the record layer and how much of its first record was read; ``None`` without TLS.
+        tls: what :meth:`TlsStream.parse_tls` gave; ``None`` without TLS.
         steps: nanoseconds from the request's arrival at the source (same host) to the end of
             each step, in order; only filled where the node traces.
     """
@@ -94,7 +94,7 @@ class Incoming:
         self.peer = reply.peer
         self.steps: dict[str, int] = {}
         self._taker = taker
-        self.tls: tuple[Tls, int] | None = None
+        self.tls: tuple[Tls, int, bytes] | None = None
         self._reply = reply
         self._text = ""
         self._next_port = 0
@@ -177,8 +177,8 @@ class Incoming:
     def _stream_of(self, sock: socket.socket) -> PlainStream:
         if self.tls is None:
             return PlainStream(sock, self.flow, self.offer.pending)
-        tls, skip = self.tls
-        return TlsStream(sock, tls, self.flow, self.offer.pending, skip)
+        tls, skip, facts = self.tls
+        return TlsStream(sock, tls, self.flow, self.offer.pending, skip=skip, facts=facts)
 
     def _discard(self) -> None:
         imported, self._imported = self._imported, None

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 _RAW_EXTRA: Final = 17 * 1024  # so that a whole record fits behind PEEK_LIMIT octets of plaintext
 _PULL: Final = 32 * 1024  # octets of records in the queue from which on they are taken out of it
 _PIECE: Final = 256 * 1024  # octets sealed at once
-_STATE: Final = struct.Struct("!BxxxI")  # version, skip; the record layer's state follows
+_STATE: Final = struct.Struct("!BxHI")  # version, octets of the peer's facts, skip
 _VERSION: Final = 1
 
 
@@ -50,8 +50,10 @@ class TlsStream(PlainStream):
         flow: the connection's name; by default the socket's own two ends.
         pending: plaintext that was consumed before, to be read first.
         skip: octets of the first record's plaintext that were consumed already.
+        facts: what the handshake told of the client, see :func:`prism.tls.peer.pack_peer`.
 
     Attributes:
+        facts: as given; :func:`prism.tls.peer.unpack_peer` reads them.
         tls: the record layer.
         truncated: the client ended the TCP connection without a close_notify.
     """
@@ -65,6 +67,7 @@ class TlsStream(PlainStream):
         "_out_plain",
         "_raw",
         "_skip",
+        "facts",
         "tls",
         "truncated",
     )
@@ -75,10 +78,13 @@ class TlsStream(PlainStream):
         tls: Tls,
         flow: Flow | None = None,
         pending: bytes = b"",
+        *,
         skip: int = 0,
+        facts: bytes = b"",
     ) -> None:
         super().__init__(sock, flow, pending)
         self.tls = tls
+        self.facts = facts
         self.truncated = False
         self._skip = skip
         self._broken = False
@@ -101,20 +107,22 @@ class TlsStream(PlainStream):
 
     def export_tls(self) -> bytes:
         """What another node needs besides the TCP state: secret, to be sent encrypted only."""
-        return _STATE.pack(_VERSION, self._skip) + self.tls.state()
+        head = _STATE.pack(_VERSION, len(self.facts), self._skip)
+        return head + self.facts + self.tls.state()
 
     @classmethod
-    def parse_tls(cls, state: bytes) -> tuple[Tls, int]:
-        """The record layer and the ``skip`` of an exported state.
+    def parse_tls(cls, state: bytes) -> tuple[Tls, int, bytes]:
+        """The record layer, ``skip`` and ``facts`` of an exported state.
 
         Raises:
             ProtocolError: it is not the state of a TLS connection.
         """
         try:
-            version, skip = _STATE.unpack_from(state)
+            version, length, skip = _STATE.unpack_from(state)
             if version != _VERSION:
                 raise ProtocolError(f"a TLS stream's state of version {version}, not {_VERSION}")
-            return Tls.from_state(state[_STATE.size :]), skip
+            rest = _STATE.size + length
+            return Tls.from_state(state[rest:]), skip, state[_STATE.size : rest]
         except (struct.error, TlsError) as error:
             raise ProtocolError(f"not a TLS stream's state: {error}") from None
 

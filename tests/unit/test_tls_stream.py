@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from prism._ext.tls_record import Tls
 from prism.errors import ProtocolError
 from prism.http.exchange import send_all
+from prism.tls.peer import Peer, pack_peer, unpack_peer
 from prism.tls.stream import TlsBroken, TlsStream
 
 SUITES = {0x1301: 32, 0x1302: 48, 0x1303: 32, 0xC02B: 48, 0xC030: 48, 0xCCA9: 48}
@@ -99,8 +100,10 @@ class Bed:
         state, pending = self.stream.export_tls(), self.stream.pending
         flow = self.stream.flow
         fd = self.stream.release()
-        tls, skip = TlsStream.parse_tls(state)
-        self.stream = TlsStream(socket.socket(fileno=fd), tls, flow, pending, skip)
+        tls, skip, facts = TlsStream.parse_tls(state)
+        self.stream = TlsStream(
+            socket.socket(fileno=fd), tls, flow, pending, skip=skip, facts=facts
+        )
 
 
 @pytest.fixture
@@ -279,6 +282,23 @@ async def test_a_slow_reader_gets_everything(make_bed: Any, tmp_path: Path) -> N
         assert bed.stream.movable
         assert bed.stream.send_file(file.fileno(), len(data), 1) == 0
     assert await reader == data + data
+
+
+@given(
+    st.builds(Peer, st.text(), st.text(), st.lists(st.text()).map(tuple), st.text()),
+    st.integers(0, 2000),
+)
+def test_what_is_known_of_the_client_travels(peer: Peer, more: int) -> None:
+    assert unpack_peer(pack_peer(peer)) == peer
+    many = peer._replace(names=(*peer.names, *(f"DNS:n{i}.example" for i in range(more))))
+    unpacked = unpack_peer(pack_peer(many))
+    assert unpacked.names == many.names[: len(unpacked.names)]
+    assert len(pack_peer(many)) <= 8192
+
+
+@given(st.binary())
+def test_facts_that_make_no_sense_are_nobody(facts: bytes) -> None:
+    assert isinstance(unpack_peer(facts), Peer)
 
 
 @pytest.mark.parametrize("state", [b"", b"\x01", b"\x02" + bytes(100), b"\x01" + bytes(300)])
