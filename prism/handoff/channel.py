@@ -74,7 +74,7 @@ class Channel:
         self.shared = Shared(name, key, identity)
         self.on_offer = on_offer
         self._links: dict[str, Link] = {}
-        self._callers: set[Caller] = set()
+        self._callers: dict[Caller, None] = {}  # in the order they came
         self._servers: list[asyncio.Server] = []
 
     @property
@@ -120,16 +120,23 @@ class Channel:
         self._servers.clear()
 
     def admit(self, caller: Caller) -> bool:
-        """Count a new caller in, or turn it away."""
+        """Count a new caller in, or turn it away.
+
+        A stranger that connects and says nothing must not keep peers out: where there is no room,
+        the oldest that has not proved anything has to go.
+        """
         if len(self._callers) >= MAX_CALLERS:
             self.counters.callers_turned_away += 1
-            return False
-        self._callers.add(caller)
+            stranger = next((each for each in self._callers if not each.ready), None)
+            if stranger is None:
+                return False
+            stranger.drop()
+        self._callers[caller] = None
         return True
 
     def dismiss(self, caller: Caller) -> None:
         """Count a caller out."""
-        self._callers.discard(caller)
+        self._callers.pop(caller, None)
 
 
 class Reply:

@@ -575,15 +575,31 @@ async def test_an_answer_altered_on_its_way_is_not_believed():
 
 async def test_callers_are_bounded(monkeypatch):
     monkeypatch.setattr("prism.handoff.channel.MAX_CALLERS", 2)
-    async with channel("be1/0") as there:
+    async with channel("be1/0") as there, channel("fe1/0") as one, channel("be2/0") as two:
         endpoint = await there.listen(ANYWHERE)
-        streams = [await asyncio.open_connection(*endpoint) for _ in range(3)]
+        assert await one.link("be1/0", endpoint).wait_connected(2)
+        assert await two.link("be1/0", endpoint).wait_connected(2)
+        reader, writer = await asyncio.open_connection(*endpoint)
         with contextlib.suppress(ConnectionResetError):
-            assert await asyncio.wait_for(streams[2][0].read(), 2) == b""
+            assert await asyncio.wait_for(reader.read(), 2) == b""
+        writer.close()
         assert there.counters.callers_turned_away == 1
+        assert len(there._callers) == 2
+
+
+async def test_strangers_do_not_keep_peers_out(monkeypatch):
+    monkeypatch.setattr("prism.handoff.channel.MAX_CALLERS", 3)
+    async with channel("be1/0") as there, channel("fe1/0") as here:
+        endpoint = await there.listen(ANYWHERE)
+        streams = [await asyncio.open_connection(*endpoint) for _ in range(5)]
+        with contextlib.suppress(ConnectionResetError):
+            assert await asyncio.wait_for(streams[0][0].read(), 2) == b""
+        assert await here.link("be1/0", endpoint).wait_connected(2)
+        assert there.counters.callers_turned_away == 3
+        assert len(there._callers) == 3
         for _, writer in streams:
             writer.close()
-        await until(lambda: not there._callers)
+        await until(lambda: len(there._callers) == 1)
 
 
 async def test_closing_the_channel_loses_what_is_outstanding():
