@@ -2,11 +2,13 @@
 
 Brings up one frontend and two backends, stores and fetches objects of several sizes with curl over
 one kept-alive connection, compares every octet, and shows each handoff step by step from the
-nodes' own traces. ``python -m prism.lab.demo [NAME]``; exit code 0 only if all was as it should be.
+nodes' own traces. ``python -m prism.lab.demo [--tls] [NAME]``; exit code 0 only if all was as it
+should be.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -99,8 +101,9 @@ def transfer(cluster: Cluster, objects: list[Object]) -> list[Answer]:
         PrismError: curl failed.
     """
     parts = []
+    trust = f'cacert = "{cluster.ca_file}"\n' if cluster.ca_file else ""
     for entry in objects:
-        url = f'url = "{cluster.url}{entry.key}"\nwrite-out = "{_WRITE_OUT}\\n"\nsilent\n'
+        url = f'url = "{cluster.url}{entry.key}"\nwrite-out = "{_WRITE_OUT}\\n"\nsilent\n{trust}'
         parts.append(f'{url}upload-file = "{entry.source}"\noutput = "/dev/null"\n')
         parts.append(f'{url}output = "{entry.copy}"\n')
     done = cluster.exec(
@@ -243,11 +246,11 @@ def summarise(
     console.print(f"rules {status['rules']}  {counters}")
 
 
-def main(name: str = NAME) -> int:
-    """Run the demo in a lab of this name; the exit code."""
+def main(name: str = NAME, *, tls: bool = False) -> int:
+    """Run the demo in a lab of this name, with ``tls`` over HTTPS; the exit code."""
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
     try:
-        with Cluster(name, backends=2) as cluster:
+        with Cluster(name, backends=2, tls=tls) as cluster:
             nodes = ", ".join(cluster.nodes)
             console.print(f"Cluster {name} is up ({nodes}); the service is {cluster.url}\n")
             directory = cluster.dir / "demo"
@@ -271,5 +274,15 @@ def main(name: str = NAME) -> int:
     return 1 if wrong else 0
 
 
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="scripts/demo", description="One client connection that changes owners, step by step."
+    )
+    parser.add_argument("--tls", action="store_true", help="over HTTPS")
+    parser.add_argument("name", nargs="?", default=NAME, help="of the lab (default: %(default)s)")
+    return parser.parse_args()
+
+
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:2]))
+    arguments = _arguments()
+    sys.exit(main(arguments.name, tls=arguments.tls))

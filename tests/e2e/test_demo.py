@@ -15,11 +15,13 @@ from prism.lab.topology import namespaces_of
 pytestmark = pytest.mark.e2e
 
 
-def test_the_demo_is_all_good(lab_name: str) -> None:
-    command = [sys.executable, "-m", "prism.lab.demo", lab_name]
+@pytest.mark.parametrize(("option", "scheme"), [((), "http:"), (("--tls",), "https:")])
+def test_the_demo_is_all_good(lab_name: str, option: tuple[str, ...], scheme: str) -> None:
+    command = [sys.executable, "-m", "prism.lab.demo", *option, lab_name]
     done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "All good." in done.stdout
+    assert f"the service is {scheme}//" in done.stdout
     assert done.stdout.count(" hands over to ") == len(SIZES)
     assert done.stdout.count("activate") == len(SIZES)
     assert namespaces_of(lab_name) == []
