@@ -396,6 +396,24 @@ async def test_a_service_s_certificate_is_no_node_s(caplog, tmp_path, name):
         assert "certificate is not accepted" in caplog.text
 
 
+async def test_a_certificate_without_a_node_s_name_is_no_node_s(caplog, monkeypatch, tmp_path):
+    """As a CA might issue that serves more than Prism: good for clients, with some URI."""
+    authority(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(pki, "NODE_URI", "prism://user/")
+        pki.issue(tmp_path, pki.Request("fe1"))
+    async with channel("be1/0") as there:
+        endpoint = await there.listen(ANYWHERE)
+        sealer = wire.Sealer(wire.hello_keys(KEY)[0])
+        for name in ("fe1/0", "", "/0"):
+            hello = sealer.hello(wire.Hello(name, "be1/0", bytes(16)))
+            sealer = wire.Sealer(wire.hello_keys(KEY)[0])
+            await say(endpoint, hello, client_context(files_of("fe1", tmp_path)))
+        assert there.counters.tls_wrong_node == 3
+        assert there.counters.connects == 0
+        assert "its certificate is no node's" in caplog.text
+
+
 async def test_a_caller_without_a_certificate_is_turned_away(caplog):
     async with channel("be1/0") as there:
         endpoint = await there.listen(ANYWHERE)
