@@ -19,6 +19,7 @@ from tls_pairs import (
     OVERFLOW,
     SECRETS,
     SERVER_RANDOM,
+    SUITES_1_2,
     SUITES_1_3,
     UNEXPECTED,
     VERSION,
@@ -223,6 +224,16 @@ def test_messages_in_pieces(cuts: tuple[int, ...]) -> None:
     assert server.owes and server.read_seq == 0
 
 
+@pytest.mark.parametrize("kind", range(0, 256, 3))
+def test_a_state_inside_any_message(kind: int) -> None:
+    """What was taken can be handed on, and is refused afterwards, if it has to be."""
+    server, client = pair(0x1301)
+    assert server.open(client.seal(bytes([kind, 0, 0]), 22)).error is None
+    server = Tls.from_state(server.state())
+    opened = server.open(client.seal(b"\1\0", 22))
+    assert alert_of(opened) == (None if kind == 24 else UNEXPECTED)
+
+
 def test_tickets_reach_a_client() -> None:
     server, client = pair(0x1303)
     ticket = b"\x04\0\x40\0" + bytes(0x4000)
@@ -314,6 +325,13 @@ def test_broken_states_are_refused(suite: int) -> None:
         with pytest.raises(TlsError) as caught:
             Tls.from_state(state[:at] + octets + state[at + len(octets) :])
         assert caught.value.alert == INTERNAL
+    inside = b"\4" + (b"\1" if suite in SUITES_1_2 else b"\x18") + b"\0\0\1" + b"\0\0\0\1"
+    Tls.from_state(state[:11] + inside + state[20:])
+    for at, value in ((12, 4), (13, 0xFF), (19, 2)):  # its type, length and what is left of it
+        wrong = bytearray(state[:11] + inside + state[20:])
+        wrong[at] = value
+        with pytest.raises(TlsError, match="inside a handshake message"):
+            Tls.from_state(wrong)
     with pytest.raises(TlsError, match="too long"):
         Tls.from_state(state + b"\0")
     with pytest.raises(TlsError, match="without keys"):

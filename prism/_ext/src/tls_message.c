@@ -49,8 +49,8 @@ static size_t body_len(const struct prism_tls_progress *at)
 }
 
 /* Refuse a message by its header, so that nothing large is waited for. */
-static int check_header(const struct prism_tls *tls, const struct prism_tls_progress *at,
-			struct prism_tls_fault *fault)
+int prism_tls_check_message(const struct prism_tls *tls, const struct prism_tls_progress *at,
+			    struct prism_tls_fault *fault)
 {
 	size_t len = body_len(at), least = 1, most;
 
@@ -118,7 +118,7 @@ static int take_handshake(const struct prism_tls *tls, struct prism_tls_mark *ma
 		if (at->hs_have < 4) {
 			at->hs_header[at->hs_have++] = *data;
 			if (at->hs_have == 4) {
-				if (check_header(tls, at, fault))
+				if (prism_tls_check_message(tls, at, fault))
 					return -1;
 				at->hs_left = (uint32_t)body_len(at);
 			}

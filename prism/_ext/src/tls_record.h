@@ -118,6 +118,10 @@ int prism_tls_commit(struct prism_tls *tls, const struct prism_tls_mark *marks, 
 int prism_tls_take(const struct prism_tls *tls, struct prism_tls_mark *mark, const uint8_t *data,
 		   size_t len, struct prism_tls_fault *fault);
 
+/* Whether a message with the progress's whole header may come now: 0, or -1 (tls_message.c). */
+int prism_tls_check_message(const struct prism_tls *tls, const struct prism_tls_progress *at,
+			    struct prism_tls_fault *fault);
+
 /* What a call of prism_tls_seal is to do. */
 struct prism_tls_job {
 	uint8_t type;

@@ -134,16 +134,19 @@ static const char *check_half(const struct prism_tls_half *half,
 	return NULL;
 }
 
-static const char *check_progress(const struct prism_tls_progress *at)
+static const char *check_progress(const struct prism_tls *tls)
 {
+	const struct prism_tls_progress *at = &tls->progress;
 	size_t body = (size_t)at->hs_header[1] << 16 | prism_get16(at->hs_header + 2);
+	struct prism_tls_fault fault;
 
 	if (at->idle > PRISM_TLS_IDLE_MAX || (!at->closed && at->alert))
 		return "inconsistent";
-	if (at->hs_have > 4 ||
-	    (at->hs_have == 4 ? !at->hs_left || at->hs_left > body : at->hs_left))
+	if (at->hs_have > 4 || !is_zero(at->hs_header, at->hs_have, 4) ||
+	    (at->hs_have < 4 && at->hs_left))
 		return "inconsistent inside a handshake message";
-	if (!is_zero(at->hs_header, at->hs_have, 4))
+	if (at->hs_have == 4 &&
+	    (at->hs_left == 0 || at->hs_left > body || prism_tls_check_message(tls, at, &fault)))
 		return "inconsistent inside a handshake message";
 	return NULL;
 }
@@ -160,11 +163,10 @@ const char *prism_tls_parse(const uint8_t *data, size_t length, struct prism_tls
 	if (!reason)
 		reason = check_half(&tls->write, tls->suite);
 	if (!reason)
-		reason = check_progress(&tls->progress);
+		reason = check_progress(tls);
 	if (!reason && (tls->max_fragment < 64 || tls->max_fragment > PRISM_TLS_FRAGMENT))
 		reason = "a fragment size out of range";
-	if (!reason && tls->suite->version == PRISM_TLS_1_3 &&
-	    (tls->owes & PRISM_TLS_OWES_REFUSAL || tls->progress.hs_header[0] == 1))
+	if (!reason && tls->suite->version == PRISM_TLS_1_3 && tls->owes & PRISM_TLS_OWES_REFUSAL)
 		reason = "inconsistent with its version";
 	if (!reason && tls->suite->version == PRISM_TLS_1_2 &&
 	    (tls->owes & PRISM_TLS_OWES_UPDATE || tls->asked))
