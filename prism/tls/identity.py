@@ -146,7 +146,8 @@ class Identity:
         context = ssl.SSLContext(protocol)
         context.check_hostname = False  # the node's name is checked instead: peer_certificate
         context.verify_mode = ssl.CERT_REQUIRED
-        context.verify_flags |= ssl.VERIFY_X509_STRICT
+        # What is in the CA file is trusted, also where it is not a root, and nothing else.
+        context.verify_flags |= ssl.VERIFY_X509_STRICT | ssl.VERIFY_X509_PARTIAL_CHAIN
         context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_3
         if protocol == ssl.PROTOCOL_TLS_SERVER:
             context.num_tickets = 0  # no resumption: each connection shows its certificate

@@ -10,6 +10,9 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+
 from prism.tls import pki
 from prism.tls.identity import Identity, IdentityFiles
 
@@ -41,6 +44,27 @@ def authority(directory: Path) -> Path:
     directory.mkdir(exist_ok=True)
     for name in ("ca.pem", "ca.key"):
         shutil.copy(pki_directory() / name, directory / name)
+    return directory
+
+
+def subordinate(directory: Path, root: Path) -> Path:
+    """A CA in ``directory`` that the one in ``root`` has signed; the root itself is not there."""
+    pki.init(directory)
+    signer, key = pki.certificates_in(root / "ca.pem")[0], pki.read_key(directory / "ca.key")
+    signer_key = pki.read_key(root / "ca.key")
+    certificate = (
+        pki._builder(
+            pki.certificates_in(directory / "ca.pem")[0].subject,
+            signer.subject,
+            key.public_key(),
+            signer_key.public_key(),
+            signer.not_valid_after_utc,
+        )
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(pki._usage(signs=True), critical=True)
+        .sign(signer_key, hashes.SHA256())
+    )
+    (directory / "ca.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
     return directory
 
 

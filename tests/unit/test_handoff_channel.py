@@ -12,7 +12,14 @@ import ssl
 
 import pytest
 import uvloop
-from channel_bed import authority, files_of, identity_of, issue_in_the_past
+from channel_bed import (
+    authority,
+    files_of,
+    identity_of,
+    issue_in_the_past,
+    pki_directory,
+    subordinate,
+)
 
 from prism.errors import HandoffError
 from prism.flow import Endpoint
@@ -441,6 +448,22 @@ async def test_another_ca_s_certificates_are_refused_at_both_ends(caplog, tmp_pa
         assert "it refuses this node's certificate or TLS: unknown ca" in caplog.text
 
 
+async def test_a_subordinate_ca_is_good_for_its_own_nodes_only(tmp_path):
+    one = subordinate(tmp_path / "one", pki_directory())
+    two = subordinate(tmp_path / "two", pki_directory())
+    for directory, node in ((one, "fe1"), (one, "be1"), (two, "be1")):
+        pki.issue(directory, pki.Request(node))
+    async with (
+        channel("fe1/0", identity=identity_of("fe1", one)) as here,
+        channel("be1/0", identity=identity_of("be1", one)) as there,
+        channel("be1/0", identity=identity_of("be1", two)) as stranger,
+    ):
+        assert await here.link("be1/0", await there.listen(ANYWHERE)).wait_connected(2)
+        way = here.link("be1/0", await stranger.listen(ANYWHERE))
+        assert not await way.wait_connected(0.1)
+        assert here.counters.tls_untrusted > 0
+
+
 async def test_an_expired_certificate_is_refused_and_its_node_told(caplog, tmp_path):
     issue_in_the_past(authority(tmp_path), "fe1", until=-60)
     with pytest.raises(IdentityError, match=r"fe1\.pem expired on .*issue DIR fe1 --force"):
@@ -506,9 +529,10 @@ async def test_a_renewed_certificate_is_used_without_a_restart(caplog, tmp_path)
         pki.issue(directory, pki.Request("new"))
         old_key = (directory / "be1.key").read_bytes()
         (directory / "be1.key").write_bytes((directory / "new.key").read_bytes())
-        way._calling.drop()
-        await until(lambda: way.connected)
-        assert way._calling.tls.peer.not_after == first
+        for _ in range(2):
+            way._calling.drop()
+            await until(lambda: way.connected)
+            assert way._calling.tls.peer.not_after == first
         assert caplog.text.count("changed certificate files are not used") == 1
         assert "is not the key of" in caplog.text
         (directory / "be1.key").write_bytes(old_key)
