@@ -29,7 +29,7 @@ _MIN_RSA = 2048  # bits; OpenSSL's security level refuses less
 _OTHERS = 0o027  # who must not: write for the group, anything for others
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
 class Credential:
     """A certificate with its issuers' and its key.
 

@@ -56,7 +56,7 @@ _NEW: Final[dict[Suite, str]] = {
 }
 _PROTOCOLS = (b"http/1.1", b"http/1.0")
 _TICKET_LIFE = 7200  # seconds
-_WANTED = (b"CLIENT_TRAFFIC_SECRET_0", b"SERVER_TRAFFIC_SECRET_0", b"CLIENT_RANDOM")
+_WANTED = (b"CLIENT_TRAFFIC_SECRET_0 ", b"SERVER_TRAFFIC_SECRET_0 ", b"CLIENT_RANDOM ")
 
 
 class NoProtocol(Exception):
@@ -238,6 +238,6 @@ def _keep_secret(connection: SSL.Connection, line: bytes) -> None:
 
     ``line`` has a label, the client's random and a secret, the latter two in hexadecimal.
     """
-    label, random, secret = line.split(b" ")
-    if label in _WANTED:
+    if line.startswith(_WANTED):
+        label, random, secret = line.split(b" ")
         connection.get_app_data()[label] = (random, secret)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ __all__ = ["ClientIdentity", "Established", "establish", "fragment_limit", "limi
 _HEADER: Final = struct.Struct("!BHH")  # content type, version, length
 _EXTENSION: Final = struct.Struct("!HH")  # type, length
 _APPLICATION_DATA: Final = 23
+_FRAGMENT_LIMIT: Final = re.compile(rb"\x00\x01\x00\x01[\x01-\x04]")  # the extension
 _NAME_KINDS: Final[tuple[tuple[str, Any], ...]] = (
     ("DNS", x509.DNSName),
     ("URI", x509.UniformResourceIdentifier),
@@ -155,7 +157,7 @@ def fragment_limit(hello: bytes) -> int:
     Args:
         hello: the ClientHello with its record's header.
     """
-    if b"\0\1\0\1" not in hello:  # the extension's type and length: rarely there
+    if _FRAGMENT_LIMIT.search(hello) is None:  # rarely there, or anything that looks like it
         return MAX_FRAGMENT
     try:
         at = _HEADER.size + 4 + 2 + 32  # two headers, version, random
@@ -174,6 +176,8 @@ def fragment_limit(hello: bytes) -> int:
 
 def _identity(connection: SSL.Connection) -> ClientIdentity | None:
     """Of the client's certificate; there is none here that OpenSSL did not verify."""
+    if connection.get_verify_mode() == SSL.VERIFY_NONE:
+        return None
     certificate = connection.get_peer_certificate(as_cryptography=True)
     if certificate is None:
         return None

@@ -38,6 +38,7 @@ _MAX_RECORD: Final = MAX_FRAGMENT + 256  # of ciphertext (RFC 8446, 5.2)
 _PEEK: Final = _MAX_RECORD + 4096
 _MAX_OCTETS: Final = 160 * 1024  # of all handshake records; certificates may be 100 KiB
 _OUTPUT: Final = 64 * 1024
+_METHOD: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ /*"
 _HTTPS_ONLY: Final = b"This port speaks HTTPS: use https:// in place of http://\n"
 _NO_TLS: Final = (
     b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n"
@@ -148,39 +149,42 @@ class Handshake:
     # -- input -----------------------------------------------------------------------------
 
     def _feed(self, data: bytes) -> int:
-        """Feed whole records; how many octets have to be there for more: 1 if none are left."""
-        used, wanted = 0, 1
+        """Feed whole records; how many octets have to be there for more: 1 if none are left.
+
+        A ChangeCipherSpec is never the last record of a handshake: it is fed together with the
+        one behind it.
+        """
+        used = at = 0
         while not self._complete:
-            if len(data) - used < _HEADER.size:
-                wanted = _HEADER.size if used < len(data) else 1
+            wanted = at + _HEADER.size
+            if wanted > len(data):
                 break
-            kind, version, length = _HEADER.unpack_from(data, used)
+            kind, version, length = _HEADER.unpack_from(data, at)
             if kind not in _TYPES or version >> 8 != 3 or length > _MAX_RECORD:
-                self._reject(data[used:])
-            end = used + _HEADER.size + length
-            if end > len(data):
-                wanted = end - used
+                self._reject(data[used:], at - used)
+            wanted += length
+            if wanted > len(data):
                 break
-            if self._taken + end > _MAX_OCTETS:
-                raise _Failed("too much data")
-            self._step(kind, data[used:end])
-            used = end
+            if kind != _CHANGE_CIPHER_SPEC or at > used:
+                self._step(kind, data[used:wanted])
+                used = wanted
+            at = wanted
         if used:
             self._taken += used
             self.sock.recv(used, socket.MSG_TRUNC)  # dropped in the kernel, not copied
-        return wanted
+        if self._taken > _MAX_OCTETS:
+            raise _Failed("too much data")
+        return wanted - used if len(data) > used else 1
 
-    def _step(self, kind: int, record: bytes) -> None:
-        """Feed one record."""
+    def _step(self, kind: int, records: bytes) -> None:
+        """Feed one record, or two."""
         connection = self._connection
         if connection is None:
-            if kind != _HANDSHAKE:
+            if kind != _HANDSHAKE or records[0] != _HANDSHAKE:
                 raise _Failed("not TLS")
-            self._hello = record
+            self._hello = records
             connection = self._connection = self._connect()
-        connection.bio_write(record)
-        if kind == _CHANGE_CIPHER_SPEC:
-            return  # never the last one: OpenSSL gets to see it together with the next
+        connection.bio_write(records)
         self._shake(connection)
 
     def _connect(self) -> SSL.Connection:
@@ -200,19 +204,25 @@ class Handshake:
             raise _Failed(reason(error)) from None
         self._complete = True
 
-    def _reject(self, data: bytes) -> NoReturn:
-        """Not a TLS record. OpenSSL says so to the client, unless that speaks HTTP."""
+    def _reject(self, data: bytes, at: int) -> NoReturn:
+        """Not a TLS record. OpenSSL says so to the client, unless that speaks HTTP.
+
+        Args:
+            data: what was not fed yet.
+            at: where in it the bad record starts.
+        """
         if self._connection is None:
-            if all(octet in b"ABCDEFGHIJKLMNOPQRSTUVWXYZ /*" for octet in data[:5]):
+            if all(octet in _METHOD for octet in data[:5]):
                 self._answer = _NO_TLS
                 raise _Failed("plain HTTP")
             self._connection = self._connect()
-        self._connection.bio_write(data[: _HEADER.size])
+        self._connection.bio_write(data[: at + _HEADER.size])
         try:
             self._shake(self._connection)
         except _Failed:
             pass
-        raise _Failed("record too long" if data[0] in _TYPES and data[1] == 3 else "not TLS")
+        is_tls = data[at] in _TYPES and data[at + 1] == 3
+        raise _Failed("record too long" if is_tls else "not TLS")
 
     def _fin_received(self) -> bool:
         """Whether the client has ended its side: below the mark, nothing else wakes (tcp(7))."""
