@@ -13,7 +13,9 @@ import logging
 from typing import TYPE_CHECKING
 
 from prism.errors import SwitchError
+from prism.flow import Flow
 from prism.switch.control import Message, Op, Status
+from prism.switch.provoke import Provoker
 
 if TYPE_CHECKING:
     from prism.node import Node
@@ -81,13 +83,37 @@ class Reconciler:
             except SwitchError as error:
                 log.debug("cannot list this node's rules yet: %s", error)
                 await asyncio.sleep(PAUSE)
-        removed = 0
-        for rule in rules:
-            if not self._node.alive(rule.flow, rule.gen):
-                await switch.request(Op.DELETE, rule.flow, gen=rule.gen)
-                removed += 1
-        if removed:
-            log.info("removed %d rules of an earlier life", removed)
+        dead = [rule for rule in rules if not self._node.alive(rule.flow, rule.gen)]
+        if not dead:
+            return
+        try:
+            provoker: Provoker | None = Provoker()
+        except SwitchError as error:
+            log.warning("clients of an earlier life are not told of its end: %s", error)
+            provoker = None
+        for rule in dead:
+            await self._bury(rule, provoker)
+        if provoker is not None:
+            provoker.close()
+        log.info("removed %d rules of an earlier life", len(dead))
+
+    async def _bury(self, rule: Message, provoker: Provoker | None) -> None:
+        """Remove a rule of an earlier life, and make its client ask after the connection.
+
+        The kernel ends the connections of a process that dies, but not those that were in repair
+        mode, on their way from one node to another: their clients would wait for ever.
+        """
+        switch, gen = self._node.switch, rule.gen
+        if rule.locked:  # nothing would get through
+            reply = await switch.request(Op.CHOWN, rule.flow, gen=gen, endpoint=rule.owner_endpoint)
+            if reply is not None and reply.status == Status.OK:
+                gen = reply.gen
+        if provoker is not None:
+            # As the owner, whose packets the switch makes the service's. What the client answers
+            # is reset here, or by a frontend when the rule is gone by then.
+            client = Flow.unpack(rule.flow).client
+            provoker.provoke(Flow(client, rule.owner_endpoint).pack())
+        await switch.request(Op.DELETE, rule.flow, gen=gen)
 
     async def _check_all(self) -> None:
         try:

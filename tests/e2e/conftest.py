@@ -18,6 +18,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "/e2e/" in str(item.path):
             item.add_marker(pytest.mark.e2e)
+            if item.get_closest_marker("timeout") is None:
+                # By an exception, not by the process's end: clusters must be taken down.
+                item.add_marker(pytest.mark.timeout(120, method="signal"))
 
 
 @pytest.fixture(scope="module")

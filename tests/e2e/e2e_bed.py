@@ -6,7 +6,7 @@ import contextlib
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -181,11 +181,25 @@ def bed(**options: Any) -> Iterator[Bed]:
     """Bring a cluster of an unused name up, and down again; its logs must tell of no faults."""
     options.setdefault("backends", 3)
     cluster = Cluster(f"e2e-{uuid.uuid4().hex[:6]}", **options)
+    pids: dict[str, int] = {}
     try:
         with cluster:
-            yield Bed(cluster)
+            found = Bed(cluster)
+            pids |= found.pids()
+            yield found
     finally:
         cluster.dir.with_name(f"{cluster.name}.lock").unlink(missing_ok=True)
+        assert remains(cluster, pids.values()) == []
+
+
+def remains(cluster: Cluster, pids: Iterable[int]) -> list[str]:
+    """What a cluster that was taken down has left on the machine."""
+    left = [str(path) for path in Path("/run/netns").glob(f"{cluster.name}-*")]
+    left += [line for line in Path("/proc/mounts").read_text().splitlines() if cluster.name in line]
+    left += [f"process {pid}" for pid in pids if Path(f"/proc/{pid}").exists()]
+    if cluster.dir.exists():
+        left.append(str(cluster.dir))
+    return left
 
 
 def wait_for(condition: Callable[[], Any], timeout: float = 5.0, pause: float = 0.02) -> Any:

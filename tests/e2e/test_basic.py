@@ -36,6 +36,7 @@ def test_two_thousand_requests_are_answered_by_their_owners(shared: Bed) -> None
         for path, size in zip(shared.keys(node, len(sizes), "many"), sizes, strict=True):
             objects[path] = digest(shared.store(path, size))
     handoffs, before = shared.switch("handoffs"), shared.snapshot()
+    relays, cut_short = shared.total("relays"), shared.total("take_backs")
     with capturing(shared.client.namespace) as capture:
         calls = [lambda n=n: _ask_many(shared, objects, n) for n in range(CONNECTIONS)]  # type: ignore[misc]
         rows = list(chain.from_iterable(together(calls)))
@@ -48,6 +49,8 @@ def test_two_thousand_requests_are_answered_by_their_owners(shared: Bed) -> None
     ]
     assert wrong == []
     assert shared.switch("handoffs") - handoffs >= 1000
+    # Nothing stands in the way of a handoff but, on a busy machine, an answer that comes late.
+    assert shared.total("relays") - relays <= 20 + shared.total("take_backs") - cut_short
     talks = capture.talks()
     assert len(talks) == CONNECTIONS
     resets = [packet for packet in capture.packets if packet.flags & RST]

@@ -75,6 +75,35 @@ def test_handoff_in_mid_body(shared: Bed, gap: float, chunk: int) -> None:
     shared.assert_clean(before)
 
 
+def test_expect_continue(shared: Bed) -> None:
+    """A client that waits before it sends its body is told to go on by the body's owner."""
+    before, handoffs = shared.snapshot(), shared.switch("handoffs")
+    with shared.client.open() as conn:
+        for turn in range(6):
+            path = shared.key(shared.backends[turn % 3], "expect")
+            data = payload(turn, 30_000)
+            fields = [("Content-Length", "30000"), ("Expect", "100-continue")]
+            conn.send(conn.head("PUT", path, fields))
+            assert conn.response_head().status == 100
+            conn.send(data)
+            assert conn.response("PUT").status in OK
+            assert conn.request("GET", path).sha256 == digest(data)
+    assert shared.switch("handoffs") - handoffs == 6
+    shared.assert_clean(before)
+
+
+def test_large_head(shared: Bed) -> None:
+    """Just below the bound; it all travels in the receive queue."""
+    before = shared.snapshot()
+    fields = [(f"X-{n}", "v" * 1500) for n in range(10)]
+    with shared.client.open() as conn:
+        for turn in range(6):
+            path = shared.key(shared.backends[turn % 3], "head")
+            assert conn.request("PUT", path, b"x" * turn, headers=fields).status in OK
+            assert conn.request("GET", path, headers=fields).body == b"x" * turn
+    shared.assert_clean(before)
+
+
 def test_one_octet_at_a_time(shared: Bed) -> None:
     """Head and body in segments of one octet, ten clients at once."""
     before = shared.snapshot()

@@ -152,6 +152,32 @@ def test_backend_stops_answering(make_bed: Callable[..., Bed]) -> None:
     assert wait_for(lambda: bed.client.once("GET", path).status == 200, 5.0)
 
 
+def test_backend_dies_with_a_frozen_connection(make_bed: Callable[..., Bed]) -> None:
+    """A socket in repair mode dies without a word: the backend's next life tells the client."""
+    bed = make_bed(
+        backends=2, settings={"backend.handoff_deadline_ms": 10_000.0, "cluster.lease": 10.0}
+    )
+    first, second = (bed.key(node, "frozen") for node in bed.backends)
+    for path in (first, second):
+        bed.store(path, 1000)
+    pid = bed.cluster.node("be1").pid
+    with bed.client.open(timeout=3.0) as conn:
+        assert conn.request("GET", second).status == 200
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            conn.send(conn.start("GET", first))
+            time.sleep(0.2)  # be2 has frozen the connection, and waits for be1's answer
+            bed.cluster.kill("be2")
+            bed.cluster.restart("be2")
+            with pytest.raises((ConnectionResetError, Cut)):
+                conn.response()
+        finally:
+            os.kill(pid, signal.SIGCONT)
+    assert wait_for(lambda: bed.rules() == 0)
+    for path in (first, second):
+        assert bed.client.once("GET", path).status == 200
+
+
 def test_kill_in_mid_handoff(make_bed: Callable[..., Bed], pool: ThreadPoolExecutor) -> None:
     """Backends die again and again under load: every request ends, nothing hangs or leaks."""
     bed = make_bed(backends=3)

@@ -83,9 +83,9 @@ def _capture_control(shared: Bed) -> list[bytes]:
         tap.bind(("eth0", ETH_P_ALL))
     found = []
     try:
-        tap.settimeout(0.5)
+        tap.settimeout(3.0)  # a HELLO each third of the lease at the latest
         shared.client.once("GET", shared.key("be1", "bait"))
-        deadline = time.monotonic() + 2.0
+        deadline = time.monotonic() + 3.0
         while len(found) < 3 and time.monotonic() < deadline:
             frame, address = tap.recvfrom(2000)
             udp = frame[12:14] == b"\x08\0" and frame[23] == socket.IPPROTO_UDP

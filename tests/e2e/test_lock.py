@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -30,6 +31,9 @@ def _upload(bed: Bed, path: str, data: bytes, delay: float) -> float:
 
 def _stalls(bed: Bed, counter: str, wanted: int, tries: int) -> list[float]:
     """Times of the uploads during whose lock the switch held (or dropped) a packet."""
+    for pid in (0, *bed.pids().values()):
+        # Milliseconds are measured here: what else runs on the machine shall not count.
+        os.setpriority(os.PRIO_PROCESS, pid, -15)
     data = payload("lock", 1000)
     hit = []
     for number in range(tries):
@@ -45,10 +49,12 @@ def _stalls(bed: Bed, counter: str, wanted: int, tries: int) -> list[float]:
 
 def test_hold_against_drop(make_bed: Callable[..., Bed]) -> None:
     """Held: no stall worth the name at the median. Dropped: the client's time-out, about 200 ms."""
-    bed = make_bed(backends=2, lock="drop")
-    dropped = _stalls(bed, "dropped_packets", 15, 600)
-    bed = make_bed(backends=2, lock="hold")
-    held = _stalls(bed, "held_packets", 60, 900)
+    priority = os.getpriority(os.PRIO_PROCESS, 0)
+    try:
+        dropped = _stalls(make_bed(backends=2, lock="drop"), "dropped_packets", 15, 600)
+        held = _stalls(make_bed(backends=2, lock="hold"), "held_packets", 60, 900)
+    finally:
+        os.setpriority(os.PRIO_PROCESS, 0, priority)
     for name, times in (("held", held), ("dropped", dropped)):
         figures = [f"{1e3 * t:.2f}" for t in (statistics.median(times), max(times))]
         print(f"{name}: {len(times)} uploads hit, median {figures[0]} ms, longest {figures[1]} ms")

@@ -91,7 +91,7 @@ def test_forged_syn(shared: Bed) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(180, method="signal")
 def test_rule_goes_after_time_wait(shared: Bed) -> None:
     """A rule of a connection that its backend closed first stays for TIME_WAIT, and then goes."""
     path = shared.key("be2", "wait")

@@ -1,0 +1,55 @@
+"""The tests of plain HTTP once more, over TLS: what a client can do it can do over HTTPS."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import test_bodies
+from e2e_bed import Bed
+from e2e_tls import tls_bed
+from test_basic import (  # noqa: F401 - they run here with this module's fixtures
+    test_put_get_head_list_range_delete,
+    test_several_workers,
+    test_two_thousand_requests_are_answered_by_their_owners,
+)
+from test_bodies import (  # noqa: F401
+    test_body_that_stalls,
+    test_clients_behind_a_broken_link,
+    test_clients_that_disappear_in_mid_handoff,
+    test_expect_continue,
+    test_half_close,
+    test_half_close_in_mid_request,
+    test_handoff_in_mid_body,
+    test_large_head,
+    test_one_octet_at_a_time,
+    test_pipelined_requests_for_different_owners,
+    test_slow_heads_time_out,
+    test_slow_readers,
+    test_uploads,
+)
+from test_crash import pool, test_frontend_dies  # noqa: F401
+from test_fallback import (  # noqa: F401
+    test_backend_that_never_answers,
+    test_handoffs_forbidden,
+    test_rule_table_full,
+)
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Bed]:
+    """A cluster that speaks TLS, and its clients too."""
+    with tls_bed(**test_bodies.CLUSTER) as found:
+        yield found
+
+
+@pytest.fixture
+def make_bed() -> Iterator[Callable[..., Bed]]:
+    with contextlib.ExitStack() as stack:
+
+        def make(**options: Any) -> Bed:
+            return stack.enter_context(tls_bed(**options))
+
+        yield make
