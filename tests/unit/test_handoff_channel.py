@@ -502,6 +502,20 @@ async def test_tls_1_2_is_refused(caplog):
         assert "it does not speak TLS 1.3" in caplog.text
 
 
+async def test_sessions_are_not_resumed():
+    """A resumed one would show no certificate, which may have expired meanwhile."""
+    async with channel("be1/0") as there:
+        endpoint = await there.listen(ANYWHERE)
+        context = identity_of("fe1").client_context()
+        reader, writer = await asyncio.open_connection(*endpoint, ssl=context)
+        hello = wire.Hello("fe1/0", "be1/0", bytes(16))
+        writer.write(wire.Sealer(wire.hello_keys(KEY)[0]).hello(hello))
+        assert await asyncio.wait_for(reader.read(10), 2)
+        session = writer.get_extra_info("ssl_object").session
+        assert not session.has_ticket
+        writer.close()
+
+
 async def test_what_is_on_the_wire_shows_neither_key_nor_state():
     secret = os.urandom(300)
     async with channel("be1/0") as there, channel("fe1/0") as here:
