@@ -32,7 +32,7 @@ from prism.switch.base import Rule
 from prism.switch.control import Message, Op, Status, encode, node_id
 from prism.switch.ebpf import EbpfSwitch, Settings
 
-CONTROL = Endpoint("10.50.0.1", 4790)
+CONTROL = Endpoint("10.50.0.1", 4760)
 SERVICE = Endpoint("10.50.0.80", 80)
 NODE = node_id("bench/0")
 KEY = os.urandom(16)

@@ -43,7 +43,7 @@ __all__ = ["MAX_BACKENDS", "MAX_FRONTENDS", "Site", "Topology", "parse_rate", "r
 
 MAX_FRONTENDS = 80
 MAX_BACKENDS = 120
-CONTROL = Endpoint("10.77.0.1", 4790)
+CONTROL = Endpoint("10.77.0.1", 4760)
 SERVICE = "10.77.0.80"
 SERVICE6 = "fd77::80"
 _BURST = 256 * 1024

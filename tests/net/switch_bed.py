@@ -30,8 +30,8 @@ from prism.switch.base import Rule
 from prism.switch.ebpf import EbpfSwitch, Settings
 
 ROLES = ("client", "fe", "be1", "be2")
-CONTROL = Endpoint("10.50.0.1", 4790)
-CONTROL6 = Endpoint("fd50::1", 4790)
+CONTROL = Endpoint("10.50.0.1", 4760)
+CONTROL6 = Endpoint("fd50::1", 4760)
 SERVICE = "10.50.0.80"
 SERVICE6 = "fd50::80"
 

@@ -41,7 +41,7 @@ class AgentProcess:
 
     def __init__(self, topology: Topology, pins: Path, **settings: Any) -> None:
         values = {
-            "control": [(topology.control.host, topology.control.port), ("fd77::1", 4790)],
+            "control": [(topology.control.host, topology.control.port), ("fd77::1", 4760)],
             "key": KEY.hex(),
             "interfaces": topology.interfaces,
             "pin_dir": str(pins / "prism"),

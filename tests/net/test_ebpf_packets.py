@@ -36,7 +36,7 @@ pytestmark = pytest.mark.net
 UNTOUCHED, OK, SHOT, REDIRECT = -1, 0, 2, 7  # linux/pkt_cls.h
 COMPLETE = 4  # BPF_F_TEST_SKB_CHECKSUM_COMPLETE
 KEY = os.urandom(16)
-CONTROL, CONTROL6 = Endpoint("10.0.0.1", 4790), Endpoint("fd00::1", 4790)
+CONTROL, CONTROL6 = Endpoint("10.0.0.1", 4760), Endpoint("fd00::1", 4760)
 ETHER = Ether(src="02:00:00:00:00:01", dst="02:00:00:00:00:02")
 NODE = node_id("be1/0")
 _ports = itertools.count(2000)
@@ -309,14 +309,14 @@ def test_an_answer_over_ipv4(
 ) -> None:
     data = encode(Message(Op.HELLO, NODE, next(_seqs), cookie=1000), KEY)
     ip = IP(src="10.0.0.9", dst=CONTROL.host, ttl=3, tos=4, id=5)
-    verdict, out = run(ether / ip / UDP(sport=999, dport=4790, chksum=checksum) / Raw(data))
+    verdict, out = run(ether / ip / UDP(sport=999, dport=4760, chksum=checksum) / Raw(data))
     assert verdict == REDIRECT
     reply = Ether(out)
     assert decode(bytes(reply[UDP].payload), KEY).status == Status.OK
     back = ether.copy()
     back.src, back.dst = ether.dst, ether.src
     back /= IP(src=CONTROL.host, dst="10.0.0.9", ttl=64, tos=4, id=5)
-    back /= UDP(sport=4790, dport=999, chksum=checksum) / Raw(bytes(reply[UDP].payload))
+    back /= UDP(sport=4760, dport=999, chksum=checksum) / Raw(bytes(reply[UDP].payload))
     assert out == bytes(back)
 
 
@@ -340,7 +340,7 @@ def test_an_answer_over_ipv6(run: Callable, between: tuple[Packet, ...]) -> None
 
 def test_list_and_answers_to_queries_go_to_the_agent(switch: EbpfSwitch, run: Callable) -> None:
     def packet(message: Message, key: bytes = KEY) -> Packet:
-        header = ETHER / IP(src="10.0.0.9", dst=CONTROL.host) / UDP(sport=999, dport=4790)
+        header = ETHER / IP(src="10.0.0.9", dst=CONTROL.host) / UDP(sport=999, dport=4760)
         return header / Raw(encode(message, key))
 
     run(packet(Message(Op.HELLO, NODE, next(_seqs), cookie=1000)))

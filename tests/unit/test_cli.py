@@ -21,7 +21,7 @@ GOOD = f"""
 [cluster]
 key = "00112233445566778899aabbccddeeff"
 pki_dir = "{pki_directory()}"
-control = "10.77.0.1:4790"
+control = "10.77.0.1:4760"
 [[nodes]]
 name = "be1"
 address = "10.77.101.2"

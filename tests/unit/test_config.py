@@ -26,7 +26,7 @@ KEY = "00112233445566778899aabbccddeeff"
 CLUSTER = f"""
 [cluster]
 key = "{KEY}"
-control = "10.77.0.1:4790"
+control = "10.77.0.1:4760"
 services = ["10.77.0.80:80", "[fd77::80]:80"]
 """
 NODES = """
@@ -178,7 +178,7 @@ def test_a_wrong_key_s_value_is_not_shown_either() -> None:
 
 def test_a_key_file_that_others_can_read_is_refused(tmp_path: Path) -> None:
     key = tmp_path / "k"
-    text = '[cluster]\nkey_file = "k"\ncontrol = "10.0.0.1:4790"\n'
+    text = '[cluster]\nkey_file = "k"\ncontrol = "10.0.0.1:4760"\n'
     with pytest.raises(ConfigError, match=r"t:2: cluster\.key_file: cannot read .*No such file"):
         parse(text, source="t", base=tmp_path)
     key.write_text(KEY)

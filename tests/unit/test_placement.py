@@ -128,7 +128,7 @@ def test_the_configuration_makes_the_placement(kind: str) -> None:
         f"""
         [cluster]
         key = "{"ab" * 16}"
-        control = "10.0.0.1:4790"
+        control = "10.0.0.1:4760"
         [[nodes]]
         name = "be1"
         address = "10.0.0.2"

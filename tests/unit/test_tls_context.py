@@ -22,7 +22,7 @@ from prism.errors import ConfigError
 from prism.tls.certificates import Names, load_credential
 from prism.tls.context import TlsContexts
 
-CLUSTER = '[cluster]\nkey = "00112233445566778899aabbccddeeff"\ncontrol = "10.0.0.1:4790"\n'
+CLUSTER = '[cluster]\nkey = "00112233445566778899aabbccddeeff"\ncontrol = "10.0.0.1:4760"\n'
 
 
 @pytest.fixture
