@@ -23,7 +23,7 @@ from prism.http.head import RequestHead
 from prism.http.stream import PlainStream
 from prism.listener import Listener
 from prism.monitor.base import Gone
-from prism.monitor.sockdiag import SockDiagMonitor
+from prism.monitor.choose import monitor_for
 from prism.node import Node
 from prism.process import serve
 from prism.switch.control import Message, Op, Status
@@ -68,7 +68,7 @@ class Backend(Node):
         self.rules: dict[bytes, Owned] = {}
         self.taking: dict[bytes, Incoming] = {}
         self.relayed_in = 0
-        self.monitor = SockDiagMonitor()
+        self.monitor = monitor_for(config.backend)
         self.store = ObjectStore(self.backend.store, max_size=self.backend.max_object_size)
         self.listing = Listing(self.peers.placement.nodes)
         self._sticky = config.placement.name != "partitioned"
@@ -96,7 +96,8 @@ class Backend(Node):
 
     def status(self) -> dict[str, Any]:
         """The status document."""
-        return super().status() | {"rules_owned": len(self.rules), "taking": len(self.taking)}
+        own = {"rules_owned": len(self.rules), "taking": len(self.taking)}
+        return super().status() | own | {"monitor": self.monitor.name}
 
     # -- relayed connections ---------------------------------------------------------------
 

@@ -58,7 +58,7 @@ class ClusterConfig(Section):
     )
     control: HostPort = Field(
         description="Where the switch answers control datagrams (UDP).",
-        examples=["10.77.0.1:4790"],
+        examples=["10.77.0.1:4760"],
     )
     services: tuple[HostPort, ...] = Field(
         (),
@@ -263,6 +263,11 @@ class BackendConfig(_Serving):
     )
     max_object_size: int = Field(
         5 * 1024**3, ge=0, description="Octets an object may have; more is answered 413."
+    )
+    monitor: Literal["auto", "kmod", "sockdiag"] = Field(
+        "auto",
+        description="What tells that the kernel has forgotten a connection: `kmod`, the monitor "
+        "module, or `sockdiag`, the kernel's own notices. `auto`: the module where it is loaded.",
     )
 
 

@@ -22,13 +22,14 @@ class Reason(Enum):
     """Why a connection is gone, as far as the monitor can tell."""
 
     ENDED = "ended"  # closed by the peer or reset, in either direction
-    TIME_WAIT = "time-wait"  # closed from this side first; its TIME_WAIT has begun
+    TIME_WAIT = "time-wait"  # closed from this side first; its TIME_WAIT has ended, or begun:
+    # Gone.time_wait tells
     TIMED_OUT = "timed-out"  # given up while retransmitting or probing
     UNKNOWN = "unknown"  # found missing after notifications were lost
 
 
 class Gone(NamedTuple):
-    """The kernel's socket of a connection is gone.
+    """The kernel's socket of a connection is gone, and its TIME_WAIT too where that is observed.
 
     Attributes:
         local: the connection's own end.
@@ -48,7 +49,13 @@ OnGone = Callable[[Gone], None]
 
 
 class Monitor(Protocol):
-    """Tells when connections are gone. Belongs to one event loop and one network namespace."""
+    """Tells when connections are gone. Belongs to one event loop and one network namespace.
+
+    Attributes:
+        name: of the kind, for people.
+    """
+
+    name: str
 
     async def start(self) -> None:
         """Begin to listen to the kernel.

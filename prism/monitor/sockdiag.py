@@ -31,7 +31,14 @@ from pyroute2.netlink.diag import (
 from prism.flow import Endpoint
 from prism.monitor.base import Gone, OnGone, Reason
 
-__all__ = ["MonitorCounters", "SockDiagMonitor", "TcpState", "lookup"]
+__all__ = [
+    "MonitorCounters",
+    "SockDiagMonitor",
+    "TcpState",
+    "cookie_of",
+    "lookup",
+    "open_diag",
+]
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +103,8 @@ class _Watched(NamedTuple):
 class SockDiagMonitor:
     """See :class:`prism.monitor.base.Monitor`. Watches the namespace it is started in."""
 
+    name = "sockdiag"
+
     def __init__(self) -> None:
         self.counters = MonitorCounters()
         self._by_cookie: dict[int, _Watched] = {}
@@ -117,13 +126,13 @@ class SockDiagMonitor:
             OSError: no SOCK_DIAG (INET_DIAG) in this kernel, or not permitted.
         """
         self._loop = asyncio.get_running_loop()
-        events = _open()
+        events = open_diag()
         try:
             _set_buffer(events, _RECEIVE_BUFFER)
             for group in (SKNLGRP_INET_TCP_DESTROY, SKNLGRP_INET6_TCP_DESTROY):
                 events.setsockopt(_SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP, group)
             events.setblocking(False)
-            self._queries = _open()
+            self._queries = open_diag()
         except OSError:
             events.close()
             raise
@@ -136,7 +145,7 @@ class SockDiagMonitor:
         Raises:
             OSError: ``sock_fd`` is not an open socket.
         """
-        watched = _Watched(_cookie(sock_fd), local, peer, on_gone)
+        watched = _Watched(cookie_of(sock_fd), local, peer, on_gone)
         before = self._by_ends.get((local, peer))
         if before is not None:
             self._by_cookie.pop(before.cookie, None)
@@ -270,7 +279,12 @@ class SockDiagMonitor:
         return lookup(self._queries, local, peer, cookie)
 
 
-def _open() -> socket.socket:
+def open_diag() -> socket.socket:
+    """A NETLINK_SOCK_DIAG socket, for notifications or for :func:`lookup`.
+
+    Raises:
+        OSError: not in this kernel.
+    """
     sock = socket.socket(
         socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG
     )
@@ -286,7 +300,12 @@ def _set_buffer(sock: socket.socket, size: int) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
 
 
-def _cookie(sock_fd: int) -> int:
+def cookie_of(sock_fd: int) -> int:
+    """A socket's cookie (SO_COOKIE), which no other one of this boot has.
+
+    Raises:
+        OSError: ``sock_fd`` is not an open socket.
+    """
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, sock_fd) as sock:
         try:
             return int(_U64.unpack(sock.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8))[0])
@@ -360,7 +379,7 @@ async def _dump() -> AsyncIterator[int]:
         OSError: the kernel cannot be asked.
     """
     for family in (socket.AF_INET, socket.AF_INET6):
-        with _open() as sock:
+        with open_diag() as sock:
             sock.send(_request(NLM_F_DUMP, family, _CONNECTED))
             parts = 0
             last = False
