@@ -29,36 +29,36 @@ def _upload(bed: Bed, path: str, data: bytes, delay: float) -> float:
         return time.perf_counter() - sent
 
 
-def _stalls(bed: Bed, counter: str, wanted: int, tries: int) -> list[float]:
-    """Times of the uploads during whose lock the switch held (or dropped) a packet."""
+def _stalls(bed: Bed, counter: str, wanted: int, tries: int) -> tuple[list[float], list[float]]:
+    """Times of the uploads during whose lock the switch held (or dropped) a packet; of others."""
     for pid in (0, *bed.pids().values()):
         # Milliseconds are measured here: what else runs on the machine shall not count.
         os.setpriority(os.PRIO_PROCESS, pid, -15)
     data = payload("lock", 1000)
-    hit = []
+    hit, missed = [], []
     for number in range(tries):
         path = bed.key(bed.backends[number % 2], f"lock-{number % 10}")
         before = bed.switch(counter)
         took = _upload(bed, path, data, DELAYS[number % len(DELAYS)])
-        if bed.switch(counter) > before:
-            hit.append(took)
+        (hit if bed.switch(counter) > before else missed).append(took)
         if len(hit) == wanted:
             break
-    return hit
+    return hit, missed
 
 
 def test_hold_against_drop(make_bed: Callable[..., Bed]) -> None:
     """Held: no stall worth the name at the median. Dropped: the client's time-out, about 200 ms."""
     priority = os.getpriority(os.PRIO_PROCESS, 0)
     try:
-        dropped = _stalls(make_bed(backends=2, lock="drop"), "dropped_packets", 15, 600)
-        held = _stalls(make_bed(backends=2, lock="hold"), "held_packets", 60, 900)
+        dropped, _ = _stalls(make_bed(backends=2, lock="drop"), "dropped_packets", 15, 600)
+        held, others = _stalls(make_bed(backends=2, lock="hold"), "held_packets", 60, 900)
     finally:
         os.setpriority(os.PRIO_PROCESS, 0, priority)
-    for name, times in (("held", held), ("dropped", dropped)):
+    for name, times in (("held", held), ("not held", others), ("dropped", dropped)):
         figures = [f"{1e3 * t:.2f}" for t in (statistics.median(times), max(times))]
-        print(f"{name}: {len(times)} uploads hit, median {figures[0]} ms, longest {figures[1]} ms")
+        print(f"{name}: {len(times)} uploads, median {figures[0]} ms, longest {figures[1]} ms")
     assert len(held) >= 20, "too few uploads met the lock to say anything"
     assert len(dropped) >= 5, "too few uploads met the lock to say anything"
-    assert statistics.median(held) < 0.005
-    assert statistics.median(dropped) > 0.1
+    # Because of the lock: what the upload takes by itself, on a busy machine, is another matter.
+    assert statistics.median(held) - statistics.median(others) < 0.005
+    assert statistics.median(dropped) - statistics.median(others) > 0.1
