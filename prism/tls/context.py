@@ -215,6 +215,8 @@ class _AsFile:
 
 def reason(error: SSL.Error) -> str:
     """What OpenSSL says went wrong: one of its fixed texts, nothing from the connection."""
+    if isinstance(error, SSL.ZeroReturnError):
+        return "closed by the client"
     entries = error.args[0] if error.args else ()
     if isinstance(entries, list | tuple) and entries and isinstance(entries[0], tuple):
         return str(entries[0][-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 import struct
 from collections.abc import Mapping
@@ -15,11 +16,19 @@ from OpenSSL import SSL
 from prism._ext.tls_record import MAX_FRAGMENT, Tls
 from prism.tls.context import SUITES, was_resumed
 
-__all__ = ["ClientIdentity", "Established", "establish", "fragment_limit", "limit_tickets"]
+__all__ = [
+    "ClientIdentity",
+    "Established",
+    "Unusable",
+    "establish",
+    "fragment_limit",
+    "limit_tickets",
+]
 
 _HEADER: Final = struct.Struct("!BHH")  # content type, version, length
 _EXTENSION: Final = struct.Struct("!HH")  # type, length
 _APPLICATION_DATA: Final = 23
+_CERTIFICATE_EXPIRED: Final = 45  # RFC 8446, section 6
 _FRAGMENT_LIMIT: Final = re.compile(rb"\x00\x01\x00\x01[\x01-\x04]")  # the extension
 _NAME_KINDS: Final[tuple[tuple[str, Any], ...]] = (
     ("DNS", x509.DNSName),
@@ -67,12 +76,25 @@ class Established:
     client_identity: ClientIdentity | None
 
 
+class Unusable(Exception):
+    """A finished handshake that is of no use.
+
+    Args:
+        why: a short, fixed text.
+        last_words: what to send to the client, sealed.
+    """
+
+    def __init__(self, why: str, last_words: bytes = b"") -> None:
+        super().__init__(why)
+        self.last_words = last_words
+
+
 def establish(
     connection: SSL.Connection,
     secrets: Mapping[bytes, tuple[bytes, bytes]],
     write_seq: int,
     max_fragment: int,
-) -> Established | None:
+) -> Established:
     """Everything of a finished handshake.
 
     Args:
@@ -81,14 +103,19 @@ def establish(
         write_seq: session tickets sent, with TLS 1.3.
         max_fragment: see :func:`fragment_limit`.
 
-    Returns:
-        ``None`` where secrets are missing or cannot be used.
+    Raises:
+        Unusable: secrets are missing, or the client came with the ticket of a certificate that
+            has ended since.
     """
     suite = connection.get_cipher_name() or ""
     try:
         tls = _records(connection, SUITES[suite], secrets, write_seq, max_fragment)
     except (KeyError, ValueError):
-        return None
+        raise Unusable("no usable secrets") from None
+    resumed = was_resumed(connection)
+    certificate = _client_certificate(connection)
+    if certificate is not None and resumed and _has_ended(certificate):
+        raise Unusable("client certificate expired", tls.alert(_CERTIFICATE_EXPIRED))
     name = (connection.get_servername() or b"").decode("ascii", "replace")
     return Established(
         tls=tls,
@@ -96,8 +123,8 @@ def establish(
         alpn=connection.get_alpn_proto_negotiated().decode("ascii"),
         version=connection.get_protocol_version_name(),
         suite=suite,
-        resumed=was_resumed(connection),
-        client_identity=_identity(connection),
+        resumed=resumed,
+        client_identity=None if certificate is None else _identity(certificate),
     )
 
 
@@ -174,13 +201,19 @@ def fragment_limit(hello: bytes) -> int:
     return MAX_FRAGMENT
 
 
-def _identity(connection: SSL.Connection) -> ClientIdentity | None:
-    """Of the client's certificate; there is none here that OpenSSL did not verify."""
+def _client_certificate(connection: SSL.Connection) -> x509.Certificate | None:
+    """The client's certificate; there is none here that OpenSSL did not verify."""
     if connection.get_verify_mode() == SSL.VERIFY_NONE:
         return None
-    certificate = connection.get_peer_certificate(as_cryptography=True)
-    if certificate is None:
-        return None
+    return connection.get_peer_certificate(as_cryptography=True)
+
+
+def _has_ended(certificate: x509.Certificate) -> bool:
+    """Whether it is out of date: nobody looks at it again when a session is resumed."""
+    return certificate.not_valid_after_utc < datetime.datetime.now(datetime.UTC)
+
+
+def _identity(certificate: x509.Certificate) -> ClientIdentity:
     return ClientIdentity(
         certificate.subject.rfc4514_string(),
         tuple(_alternative_names(certificate)),

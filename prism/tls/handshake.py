@@ -16,6 +16,7 @@ first records under the application keys and count for the sequence number (RFC 
 from __future__ import annotations
 
 import asyncio
+import logging
 import select
 import socket
 import struct
@@ -27,9 +28,17 @@ from OpenSSL import SSL
 from prism._ext.tls_record import MAX_FRAGMENT
 from prism.flow import Flow
 from prism.tls.context import NoProtocol, TlsContexts, reason
-from prism.tls.established import Established, establish, fragment_limit, limit_tickets
+from prism.tls.established import (
+    Established,
+    Unusable,
+    establish,
+    fragment_limit,
+    limit_tickets,
+)
 
 __all__ = ["Handshake"]
+
+log = logging.getLogger(__name__)
 
 _HEADER: Final = struct.Struct("!BHH")  # content type, version, length
 _CHANGE_CIPHER_SPEC, _HANDSHAKE = 20, 22
@@ -37,7 +46,7 @@ _TYPES: Final = range(20, 24)
 _MAX_RECORD: Final = MAX_FRAGMENT + 256  # of ciphertext (RFC 8446, 5.2)
 _PEEK: Final = _MAX_RECORD + 4096
 _MAX_OCTETS: Final = 160 * 1024  # of all handshake records; certificates may be 100 KiB
-_OUTPUT: Final = 64 * 1024
+_OUTPUT: Final = 16 * 1024
 _METHOD: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ /*"
 _HTTPS_ONLY: Final = b"This port speaks HTTPS: use https:// in place of http://\n"
 _NO_TLS: Final = (
@@ -202,6 +211,9 @@ class Handshake:
             raise _Failed("no application protocol") from None
         except SSL.Error as error:
             raise _Failed(reason(error)) from None
+        except Exception:
+            log.exception("%s: a fault in a TLS handshake", self.flow)
+            raise _Failed("fault") from None
         self._complete = True
 
     def _reject(self, data: bytes, at: int) -> NoReturn:
@@ -304,12 +316,14 @@ class Handshake:
     # -- the end ---------------------------------------------------------------------------
 
     def _succeed(self) -> None:
-        established = None
-        if self._connection is not None:
-            limit = fragment_limit(self._hello)
+        if self._connection is None:
+            raise RuntimeError("a handshake without a connection cannot be complete")
+        limit = fragment_limit(self._hello)
+        try:
             established = establish(self._connection, self._secrets, self._write_seq, limit)
-        if established is None:
-            self._end(None, "no usable secrets")
+        except Unusable as failure:
+            self._answer = failure.last_words
+            self._fail(str(failure))
             return
         try:
             self._wake_at(1)

@@ -77,6 +77,10 @@ class TlsServer:
                 is the caller's, and its queue holds what follows the client's Finished. With
                 ``None``, it is closed, or will be as soon as the client has read the alert.
         """
+        if self._closed:
+            sock.close()
+            on_done(sock, None)
+            return
         if len(self._pending) >= self._max:
             self.crowded_out += 1
             self._running.oldest().abandon("crowded out")

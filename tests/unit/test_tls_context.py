@@ -340,6 +340,20 @@ async def test_no_ticket_outlives_a_change_of_the_client_ca(
         assert server.ended[1] is None
 
 
+@pytest.mark.parametrize("version", ["1.2", "1.3"])
+async def test_no_ticket_outlives_the_client_s_certificate(pki: Pki, version: str) -> None:
+    mine = pki.issue("me", "me.test", days=2 / 86400)
+    async with Serving(_config(pki, "require")) as server:
+        context = client_context(None, version, certificate=mine)
+        first = await server.get(context)
+        second = await server.get(context, session=first.session)
+        assert second.resumed
+        await asyncio.sleep(2)
+        with pytest.raises(ssl.SSLError, match="CERTIFICATE_EXPIRED"):
+            await server.get(context, session=second.session)
+        assert server.server.failures.snapshot() == {"client certificate expired": 1}
+
+
 async def test_a_handshake_that_began_before_the_client_ca_changed(
     pki: Pki, tmp_path: Path
 ) -> None:

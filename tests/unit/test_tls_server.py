@@ -84,6 +84,9 @@ async def test_closing_ends_what_is_under_way(entry: dict[str, str]) -> None:
         server.server.close()
         server.server.close()
         assert server.ended == [None] * 4
+        late = HandClient(server.port, client_context(None))
+        assert await late.end() == b""
+        assert server.ended == [None] * 5
         for client in (*clients, refused):
             assert await client.end() in (b"", b"\x15\x03\x03\x00\x02\x02\x78")
 
