@@ -33,6 +33,7 @@ class PlainStream:
     """
 
     __slots__ = (
+        "_awaiting",
         "_eof",
         "_fd",
         "_flow",
@@ -52,6 +53,7 @@ class PlainStream:
         self._flow = flow
         self._pending = pending
         self._eof = False
+        self._awaiting = False  # what is there was seen, and is not enough
         self._lowat = 1
         self._loop = asyncio.get_running_loop()
         self._reader: asyncio.Future[None] | Callable[[], None] | None = None
@@ -199,6 +201,7 @@ class PlainStream:
 
     def await_more(self, n: int) -> None:
         """Readable only when more than ``n`` octets are there (SO_RCVLOWAT, socket(7))."""
+        self._awaiting = True
         mark = max(1, n + 1 - len(self._pending))
         if mark != self._lowat:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, mark)
@@ -206,13 +209,14 @@ class PlainStream:
 
     def reset_lowat(self) -> None:
         """Undoes :meth:`await_more`."""
+        self._awaiting = False
         if self._lowat != 1:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
             self._lowat = 1
 
     async def readable(self, seconds: float | None) -> None:
         """Waits for input, end of file or an error; see :meth:`Stream.readable`."""
-        if self._pending and self._lowat == 1:
+        if self._pending and not self._awaiting:
             return
         if self._reader is not None:
             raise RuntimeError("somebody waits for this stream's input already")
@@ -255,7 +259,7 @@ class PlainStream:
         self._check_open()
         self._reader = callback
         self._watch_input()
-        if self._pending and self._lowat == 1:
+        if self._pending and not self._awaiting:
             self._loop.call_soon(self._report_pending, callback)
 
     def _report_pending(self, callback: Callable[[], None]) -> None:

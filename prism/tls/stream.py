@@ -10,6 +10,10 @@ front (RFC 8446, section 5; RFC 5246, section 6)::
     plaintext        |--used--|--skip-->|
                               ^ the next octet to be read: `skip` octets into the first record
 
+Where the kernel's receive memory is full of an incomplete record, as after an upload that came in
+one piece, what is there of it is taken out and kept here, encrypted; until it is whole and read,
+the connection is not moved.
+
 Output that the socket does not take at once stays here, encrypted; the call that follows must go
 on at the same place, as all callers do anyway.
 """
@@ -35,6 +39,7 @@ _PULL: Final = 32 * 1024  # octets of records in the queue from which on they ar
 _PIECE: Final = 256 * 1024  # octets sealed at once
 _STATE: Final = struct.Struct("!BxHI")  # version, octets of the peer's facts, skip
 _VERSION: Final = 1
+_CLOSE_NOTIFY: Final = 0
 
 
 class TlsBroken(ConnectionAbortedError):
@@ -65,8 +70,10 @@ class TlsStream(PlainStream):
         "_opened",
         "_out",
         "_out_plain",
+        "_part",
         "_raw",
         "_skip",
+        "_vain",
         "facts",
         "tls",
         "truncated",
@@ -91,7 +98,9 @@ class TlsStream(PlainStream):
         self._opened: Opened | None = None  # what was decrypted and not wholly consumed
         self._base = 0  # octets of its plaintext that were consumed
         self._done = 0  # its records that were committed
-        self._raw = 0  # octets of its input that are still in the kernel's queue
+        self._raw = 0  # octets of its input that are not taken as read
+        self._part = b""  # the first of these, if the kernel had no room for more
+        self._vain = False  # there was nothing new behind the mark already
         self._out = b""  # sealed, not yet taken by the socket
         self._out_plain = 0  # octets of plaintext in it that the caller was not told of
 
@@ -102,8 +111,8 @@ class TlsStream(PlainStream):
 
     @property
     def movable(self) -> bool:
-        """Nothing that was sealed waits here to be sent."""
-        return not self._out and not self._broken
+        """Nothing that was sealed waits here, neither to be sent nor to be opened."""
+        return not self._out and not self._part and not self._broken
 
     def export_tls(self) -> bytes:
         """What another node needs besides the TCP state: secret, to be sent encrypted only."""
@@ -153,6 +162,8 @@ class TlsStream(PlainStream):
                 return b""
             data = opened.data[self._base : self._base + limit]
             if data:
+                if opened.closed and self._base + len(data) == len(opened.data):
+                    self._end_of_tls()  # now, since nobody should wait for more
                 if self._raw >= _PULL and self._base + len(data) == len(opened.data):
                     self._pull(opened)
                     return data
@@ -160,7 +171,7 @@ class TlsStream(PlainStream):
             if opened.error is not None:
                 self._fail(opened.error)
             if opened.closed:
-                self._eof = True
+                self._end_of_tls()
                 return b""
             if not opened.records - self._done:
                 self._wait_for_more()
@@ -171,18 +182,44 @@ class TlsStream(PlainStream):
         """Look at the queue again; what was decrypted before is kept if nothing has come."""
         if self._broken:
             raise TlsBroken("the connection was given up")
-        raw = self.sock.recv(PEEK_LIMIT + _RAW_EXTRA, socket.MSG_PEEK)
+        raw = self._received()
         if not raw:
-            self._end_of_tcp()
             return None
         if self._opened is None or len(raw) != self._raw:
             self._opened = self.tls.peek(raw)
             self._base = self._skip
             self._done = 0
             self._raw = len(raw)
-        if len(raw) < self._lowat and self._lowat > 1 and self._fin_received():
-            self._end_of_tcp()
         return self._opened
+
+    def _received(self) -> bytes:
+        """The records there are, as far as one look goes; empty at the end."""
+        part = self._part
+        room = PEEK_LIMIT + _RAW_EXTRA - len(part)
+        if room <= 0:
+            return part
+        try:
+            fresh = self.sock.recv(room, socket.MSG_PEEK)
+        except BlockingIOError:
+            if not part:
+                raise
+            return part
+        if not fresh:
+            self._end_of_tcp()
+        elif len(fresh) < self._lowat and self._lowat > 1:
+            # Below the mark, the kernel wakes for a FIN, and when it has no room for more. The
+            # first look in vain may have come without having been woken.
+            if self._fin_received():
+                self._end_of_tcp()
+            elif self._vain:
+                self._part = part + self.sock.recv(len(fresh))
+                return self._part
+            self._vain = True
+        return part + fresh if part else fresh
+
+    def _end_of_tls(self) -> None:
+        self._eof = True
+        self.truncated = False
 
     def _end_of_tcp(self) -> None:
         if not self._eof:
@@ -193,7 +230,7 @@ class TlsStream(PlainStream):
         """A record is incomplete: wake only when more of it is there."""
         if self._eof:
             return
-        self._set_lowat(self._raw + 1)
+        self._set_lowat(self._raw - len(self._part) + 1)
         raise BlockingIOError("an incomplete record")
 
     def _fail(self, error: TlsError) -> None:
@@ -203,7 +240,7 @@ class TlsStream(PlainStream):
         log.info("%s: %s", self._flow, error)
         try:
             if not self._out:
-                self.sock.send(self.tls.alert(error.alert))
+                self._alert(error.alert)
         except (OSError, TlsError):
             pass  # it was worth a try
         self.tls.wipe()
@@ -243,6 +280,10 @@ class TlsStream(PlainStream):
 
     def _discard(self, octets: int) -> None:
         self._raw -= octets
+        if self._part:
+            taken = min(octets, len(self._part))
+            self._part = self._part[taken:]
+            octets -= taken
         while octets > 0:
             octets -= len(self.sock.recv(octets, socket.MSG_TRUNC))
 
@@ -263,13 +304,15 @@ class TlsStream(PlainStream):
 
     def await_more(self, n: int) -> None:
         """Readable only when more records are there than those peeked at."""
+        self._awaiting = True
         if self._raw:
-            self._set_lowat(self._raw + 1)
+            self._set_lowat(self._raw - len(self._part) + 1)
 
     def _set_lowat(self, mark: int) -> None:
         if mark != self._lowat:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, mark)
             self._lowat = mark
+            self._vain = False
 
     # -- writing ---------------------------------------------------------------------------
 
@@ -347,9 +390,13 @@ class TlsStream(PlainStream):
             if self._out:
                 self.sock.send(self._out)  # if not all of it goes, the client sees a cut
                 self._out = b""
-            self.sock.send(self.tls.close_notify())
+            self._alert(_CLOSE_NOTIFY)
         except (OSError, TlsError, ValueError):
             pass  # the client has gone, or takes nothing: it sees the connection cut
+
+    def _alert(self, description: int) -> None:
+        """Send an alert that ends the connection; if it does not fit, it is lost."""
+        self.sock.send(self.tls.alert(description, description != _CLOSE_NOTIFY))
 
     def abort(self) -> None:
         """Closes with a reset and no close_notify: the client sees that something is missing."""

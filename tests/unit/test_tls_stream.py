@@ -284,6 +284,54 @@ async def test_a_slow_reader_gets_everything(make_bed: Any, tmp_path: Path) -> N
     assert await reader == data + data
 
 
+async def test_a_record_larger_than_the_receive_buffer(make_bed: Any) -> None:
+    """What the kernel has no room for is kept by the stream; then it can be moved again."""
+    bed = make_bed()
+    bed.stream.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    data = os.urandom(100_000)
+    sending = asyncio.create_task(asyncio.to_thread(bed.say, data))
+    got = await bed.read(len(data))
+    await sending
+    assert got == data
+    assert bed.stream.movable
+    bed.move()
+    bed.say(b"more")
+    assert await bed.peek(4) == b"more"
+
+
+async def test_waiting_for_more_than_is_pending(make_bed: Any) -> None:
+    """Nothing but new input ends the wait: a loop that reads again at once would stop the node."""
+    bed = make_bed()
+    bed.stream = TlsStream(bed.stream.sock, bed.stream.tls, None, b"5")
+    assert bed.stream.peek() == b"5"
+    bed.stream.await_more(1)
+    with pytest.raises(TimeoutError):
+        await bed.stream.readable(0.05)
+    bed.say(b"\r\n")
+    await bed.stream.readable(5)
+    assert bed.stream.peek() == b"5\r\n"
+    bed.stream.reset_lowat()
+    await bed.stream.readable(5)
+
+
+async def test_a_close_notify_behind_data_is_the_end(make_bed: Any) -> None:
+    """Whoever waits for the rest of a head learns at once that there is none."""
+    bed = make_bed()
+    bed.client.sendall(bed.tls.seal(b"GET / HT") + bed.tls.close_notify())
+    assert await bed.peek(8) == b"GET / HT"
+    assert bed.stream.eof
+    assert not bed.stream.truncated
+
+
+async def test_the_end_without_close_notify_behind_data(make_bed: Any) -> None:
+    bed = make_bed()
+    bed.say(b"GET / HT")
+    bed.client.shutdown(socket.SHUT_WR)
+    assert await bed.peek(9) == b"GET / HT"
+    assert bed.stream.eof
+    assert bed.stream.truncated
+
+
 @given(
     st.builds(Peer, st.text(), st.text(), st.lists(st.text()).map(tuple), st.text()),
     st.integers(0, 2000),
@@ -334,7 +382,7 @@ def test_any_cut_of_records_segments_and_reads(
                 got += piece
             except BlockingIOError:
                 pass
-            if turn % 3 == 0:
+            if turn % 3 == 0 and bed.stream.movable:
                 bed.move()
             turn += 1
             assert turn < 100_000
