@@ -76,8 +76,10 @@ def nginx(directory: Path, key: str) -> Iterator[tuple[int, int]]:
     with subprocess.Popen(["nginx", "-c", config, "-p", directory]) as master:
         try:
             wait_for(port)
-            children = Path(f"/proc/{master.pid}/task/{master.pid}/children").read_text().split()
-            yield port, int(children[0])
+            children = Path(f"/proc/{master.pid}/task/{master.pid}/children")
+            while not children.read_text():
+                time.sleep(0.01)
+            yield port, int(children.read_text().split()[0])
         finally:
             master.terminate()
 

@@ -27,7 +27,7 @@ from prism.config_tls import Suite, TlsConfig
 from prism.errors import ConfigError
 from prism.tls.certificates import Credential, Names, load_credential, read_certificates
 
-__all__ = ["SUITES", "NoProtocol", "TlsContexts", "reason", "was_resumed"]
+__all__ = ["SUITES", "NoProtocol", "TlsContexts", "reason", "shake", "was_resumed"]
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +56,7 @@ _NEW: Final[dict[Suite, str]] = {
 }
 _PROTOCOLS = (b"http/1.1", b"http/1.0")
 _TICKET_LIFE = 7200  # seconds
+_WANT_READ: Final[int] = _lib.SSL_ERROR_WANT_READ
 _WANTED = (b"CLIENT_TRAFFIC_SECRET_0 ", b"SERVER_TRAFFIC_SECRET_0 ", b"CLIENT_RANDOM ")
 
 
@@ -221,6 +222,24 @@ def reason(error: SSL.Error) -> str:
     if isinstance(entries, list | tuple) and entries and isinstance(entries[0], tuple):
         return str(entries[0][-1])
     return "unknown"
+
+
+def shake(connection: SSL.Connection) -> bool:
+    """``do_handshake``, which needs no exception to say that it wants more input.
+
+    Returns:
+        whether the handshake is complete.
+
+    Raises:
+        SSL.Error: it has failed.
+        NoProtocol: by the client's choice of protocols.
+    """
+    result = _lib.SSL_do_handshake(connection._ssl)
+    if result == 1:
+        return True
+    if _lib.SSL_get_error(connection._ssl, result) != _WANT_READ:
+        connection._raise_ssl_error(connection._ssl, result)
+    return False
 
 
 def was_resumed(connection: SSL.Connection) -> bool:

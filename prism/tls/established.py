@@ -6,8 +6,7 @@ import datetime
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -38,8 +37,7 @@ _NAME_KINDS: Final[tuple[tuple[str, Any], ...]] = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class ClientIdentity:
+class ClientIdentity(NamedTuple):
     """Who a client has proved to be.
 
     Attributes:
@@ -53,8 +51,7 @@ class ClientIdentity:
     fingerprint: str
 
 
-@dataclass(frozen=True, slots=True)
-class Established:
+class Established(NamedTuple):
     """What a handshake has led to.
 
     Attributes:

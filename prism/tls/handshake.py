@@ -27,7 +27,7 @@ from OpenSSL import SSL
 
 from prism._ext.tls_record import MAX_FRAGMENT
 from prism.flow import Flow
-from prism.tls.context import NoProtocol, TlsContexts, reason
+from prism.tls.context import NoProtocol, TlsContexts, reason, shake
 from prism.tls.established import (
     Established,
     Unusable,
@@ -204,9 +204,7 @@ class Handshake:
 
     def _shake(self, connection: SSL.Connection) -> None:
         try:
-            connection.do_handshake()
-        except SSL.WantReadError:
-            return
+            self._complete = shake(connection)
         except NoProtocol:
             raise _Failed("no application protocol") from None
         except SSL.Error as error:
@@ -214,7 +212,6 @@ class Handshake:
         except Exception:
             log.exception("%s: a fault in a TLS handshake", self.flow)
             raise _Failed("fault") from None
-        self._complete = True
 
     def _reject(self, data: bytes, at: int) -> NoReturn:
         """Not a TLS record. OpenSSL says so to the client, unless that speaks HTTP.
