@@ -300,9 +300,10 @@ class Upload:
         self._lock = threading.Lock()
 
     def write(self, pieces: Sequence[bytes]) -> None:
-        """Appends to the body."""
+        """Appends to the body; does nothing when the upload was given up meanwhile."""
         with self._lock:
-            self._write(pieces)
+            if not self._over:
+                self._write(pieces)
 
     def _write(self, pieces: Sequence[bytes]) -> None:
         if self._over:
