@@ -325,6 +325,9 @@ def test_broken_states_are_refused(suite: int) -> None:
         with pytest.raises(TlsError) as caught:
             Tls.from_state(state[:at] + octets + state[at + len(octets) :])
         assert caught.value.alert == INTERNAL
+    for flag in (8, 0x20) if suite in SUITES_1_2 else (0x10,):  # what its version does not have
+        with pytest.raises(TlsError, match="version"):
+            Tls.from_state(state[:5] + bytes([state[5] | flag]) + state[6:])
     inside = b"\4" + (b"\1" if suite in SUITES_1_2 else b"\x18") + b"\0\0\1" + b"\0\0\0\1"
     Tls.from_state(state[:11] + inside + state[20:])
     for at, value in ((12, 4), (13, 0xFF), (19, 2)):  # its type, length and what is left of it

@@ -188,6 +188,15 @@ def test_the_sequence_comes_back_from_the_kernel(suite: int) -> None:
         tls.sync(0, b"")
 
 
+def test_what_the_kernel_read_makes_opened_records_stale() -> None:
+    server, client = pair(0x1301)
+    opened = server.peek(client.seal(b"x"))
+    server.sync(RX, make(0x1301, True, 5, 0).crypto_info(RX))
+    with pytest.raises(ValueError, match="do not follow"):
+        server.commit(opened)
+    assert server.read_seq == 5
+
+
 # --- Peeking and committing ----------------------------------------------------------------------
 
 
@@ -490,6 +499,14 @@ def test_wiping(suite: int) -> None:
     ):
         with pytest.raises(ValueError, match="wiped"):
             call()
+
+
+def test_what_is_dropped_is_wiped() -> None:
+    tls = make(0x1302, True)
+    key, address, size = tls.state()[88:120], id(tls), type(tls).__basicsize__
+    assert key in ctypes.string_at(address, size)
+    del tls
+    assert key not in ctypes.string_at(address, size)
 
 
 @pytest.mark.parametrize("suite", ALL_SUITES)

@@ -268,6 +268,6 @@ int prism_tls_seal_file(struct prism_tls *tls, struct prism_tls_job *job, int fd
 		if (got < take)
 			break;
 	}
-	return job->size ? 0
-			 : error; /* what was sealed has to be sent; the error will come again */
+	/* What was sealed has to be sent; the error will come again. */
+	return job->size ? 0 : error;
 }
