@@ -29,7 +29,7 @@ class NotCarriable(OSError):
     ``errno`` is EOPNOTSUPP (a TCP state other than ESTABLISHED and CLOSE_WAIT, urgent data, shut
     down for reading), ECONNRESET (closed or reset), ECONNABORTED (an error is pending), ENOTCONN,
     EMSGSIZE (more than 16 MiB queued), EADDRNOTAVAIL (link-local client), EPROTOTYPE (kernel TLS
-    or another upper-layer protocol) or EINVAL (SO_PEEK_OFF in use).
+    that receives, or another upper-layer protocol) or EINVAL (SO_PEEK_OFF in use).
     """
 
 def freeze(fd: int) -> None:
@@ -47,6 +47,10 @@ def export_state(fd: int) -> bytes:
 
     An IPv4-mapped connection of a dual-stack listener is exported as the IPv4 one it is. Nothing
     is consumed from the socket; ``resume`` makes it go on as if nothing had happened.
+
+    Of a socket that the kernel seals TLS records for (TLS_TX without TLS_RX), the records travel
+    and not the layer. Records that did not fit the send queue are not seen: see that there are
+    none, ``prism.tls.kernel.KernelTx.settled``.
 
     Raises:
         NotCarriable: its TCP state is neither ESTABLISHED nor CLOSE_WAIT, or the like.

@@ -17,9 +17,13 @@
 #include <sys/ioctl.h>
 #include <linux/sockios.h>
 #include <linux/tcp.h>
+#include <linux/tls.h>
 
 #include "tcp_repair.h"
 
+#ifndef SOL_TLS
+#define SOL_TLS 282 /* linux/socket.h */
+#endif
 #ifndef SO_BUF_LOCK
 #define SO_BUF_LOCK 72 /* Linux 5.15 */
 #endif
@@ -167,14 +171,24 @@ static enum prism_tcp_result read_addresses(int fd, struct prism_tcp_state *stat
 	return PRISM_TCP_OK;
 }
 
-/* A record protocol on top (kernel TLS) would have us read something else than the stream. */
-static enum prism_tcp_result check_plain(int fd, struct prism_fault *fault)
+/*
+ * A layer on top may have us read something else than the stream. Kernel TLS does not where it only
+ * seals (TLS_TX): both queues hold what is on the wire. What it has not put into the send queue yet
+ * cannot be seen from here; the caller sees to it that there is nothing.
+ */
+static enum prism_tcp_result check_layers(int fd, struct prism_fault *fault)
 {
-	char name[16];
+	struct tls_crypto_info info;
+	char name[16] = "";
 	socklen_t size = sizeof(name);
 
-	if (getsockopt(fd, IPPROTO_TCP, TCP_ULP, name, &size) == 0 && size > 0)
+	if (getsockopt(fd, IPPROTO_TCP, TCP_ULP, name, &size) != 0 || size == 0)
+		return PRISM_TCP_OK;
+	if (strncmp(name, "tls", sizeof(name)) != 0)
 		return refuse(fault, EPROTOTYPE, "an upper-layer protocol (TCP_ULP) is attached");
+	size = sizeof(info); /* version and cipher only, no keys */
+	if (getsockopt(fd, SOL_TLS, TLS_RX, &info, &size) == 0 || errno != EBUSY)
+		return refuse(fault, EPROTOTYPE, "the kernel opens its TLS records (TLS_RX)");
 	return PRISM_TCP_OK;
 }
 
@@ -359,7 +373,7 @@ enum prism_tcp_result prism_tcp_export(int fd, struct prism_blob *blob, struct p
 
 	PRISM_TRY(prism_tcp_freeze(fd, fault));
 	PRISM_TRY(read_addresses(fd, &state, fault));
-	PRISM_TRY(check_plain(fd, fault));
+	PRISM_TRY(check_layers(fd, fault));
 	for (int attempt = 0; attempt < EXPORT_ATTEMPTS && result == PRISM_TCP_MOVED; attempt++) {
 		result = read_receive_side(fd, &state, blob, fault);
 		if (result == PRISM_TCP_OK)
