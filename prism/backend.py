@@ -14,10 +14,10 @@ from prism.config import BackendConfig, Config
 from prism.errors import ConfigError, ProtocolError
 from prism.flow import Endpoint, Flow
 from prism.frontend import run_node
-from prism.handoff.incoming import Incoming
+from prism.handoff.incoming import Incoming, Replier
 from prism.handoff.outgoing import Outgoing
 from prism.handoff.wire import Offer, Reason, Refused
-from prism.http.connection import Connection
+from prism.http.connection import Connection, State
 from prism.http.exchange import App
 from prism.http.head import RequestHead
 from prism.http.stream import PlainStream
@@ -26,8 +26,11 @@ from prism.monitor.base import Gone
 from prism.monitor.choose import monitor_for
 from prism.node import Node
 from prism.process import serve
+from prism.renewal import Mirror
 from prism.switch.control import Message, Op, Status
 from prism.telemetry.logging import event
+from prism.tls.offload import Mode
+from prism.tls.offload import check as check_offload
 
 __all__ = ["Backend", "run"]
 
@@ -68,6 +71,8 @@ class Backend(Node):
         self.rules: dict[bytes, Owned] = {}
         self.taking: dict[bytes, Incoming] = {}
         self.relayed_in = 0
+        self.offload: Mode = config.tls.offload if config.tls is not None else "auto"
+        self._mirror = Mirror(self)
         self.monitor = monitor_for(config.backend)
         self.store = ObjectStore(self.backend.store, max_size=self.backend.max_object_size)
         self.listing = Listing(self.peers.placement.nodes)
@@ -80,7 +85,10 @@ class Backend(Node):
         Raises:
             SwitchError: the switch does not answer.
             OSError: an address cannot be bound, the store cannot be used.
+            ConfigError: the kernel shall seal TLS records, and cannot.
         """
+        if self.config.tls is not None:
+            check_offload(self.offload)  # now, since it may take long at the first time
         await self.monitor.start()
         await super().start()
         endpoint = Endpoint(self.backend.address, self.backend.relay_port)
@@ -136,6 +144,37 @@ class Backend(Node):
         place = self.peers.placement.choose(head.key.decode("utf-8", "surrogateescape"))
         return self.store if place.name == self.backend.name else None
 
+    def serve(self, connection: Connection, app: App) -> None:
+        """Answer a request, on another socket if this one cannot."""
+        head = connection.head
+        if head is not None and connection.stream.must_move(head.has_body):
+            # Not at once: another handoff of this connection may just be coming to its end.
+            asyncio.get_running_loop().call_soon(self._renew, connection)
+        else:
+            connection.serve(app)
+
+    def _renew(self, connection: Connection) -> None:
+        """Move a connection to another socket of this worker's; then it asks for its answer again.
+
+        Where that fails, nothing can be said on this socket but good-bye.
+        """
+        if connection.state is not State.DECIDING:
+            return
+        connection.place = None
+        stuck = connection.key in self.moving or not connection.stream.movable
+        if stuck or not self.switch.reachable:
+            connection.decline()
+        else:
+            self.hand_over(connection, self._mirror, self.name)
+
+    def serve_here(self, connection: Connection, why: str) -> None:
+        """Relay a request whose connection stays here, unless this socket cannot answer it."""
+        if connection.place is None:
+            log.info("%s is closed unanswered, it cannot be renewed: %s", connection.flow, why)
+            connection.decline()
+        else:
+            super().serve_here(connection, why)
+
     # -- handoffs in -----------------------------------------------------------------------
 
     def on_offer(self, offer: Offer, reply: Any) -> None:
@@ -153,6 +192,10 @@ class Backend(Node):
         if offer.flow in self.taking or offer.flow in self.connections:
             reply(Refused(Reason.OTHER, f"{self.name} has this flow already"))
             return
+        self.take_over(offer, reply)
+
+    def take_over(self, offer: Offer, reply: Replier) -> None:
+        """Begin to take a connection over."""
         try:
             handoff = Incoming(self, offer, reply)
         except ProtocolError as error:
@@ -172,7 +215,10 @@ class Backend(Node):
 
     def taken_over(self, handoff: Incoming, stream: PlainStream) -> None:
         """A connection is this worker's now: serve it."""
-        self.metrics.handoffs_in += 1
+        if handoff.peer == self.name:
+            self.metrics.renewals += 1
+        else:
+            self.metrics.handoffs_in += 1
         offer = handoff.offer
         key = offer.flow
         # A rule of this flow's last connection, if any, is the one that was just taken over.
@@ -214,10 +260,14 @@ class Backend(Node):
 
     def handed_over(self, handoff: Outgoing) -> None:
         """Another node has the connection: its rule is not this worker's any more."""
+        connection = handoff.connection
+        if handoff.target == self.name:  # the rule is the new socket's
+            self.monitor.forget(connection.local, connection.flow.client)
+            return
         super().handed_over(handoff)
-        owned = self.rules.pop(handoff.connection.key, None)
+        owned = self.rules.pop(connection.key, None)
         if owned is not None:
-            self.monitor.forget(owned.local, handoff.connection.flow.client)
+            self.monitor.forget(owned.local, connection.flow.client)
 
     def rule_changed(self, connection: Connection, gen: int) -> None:
         """The rule has another generation, or is gone."""

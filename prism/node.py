@@ -20,7 +20,7 @@ from prism.config import BackendConfig, Config, FrontendConfig
 from prism.flow import Endpoint
 from prism.handoff.channel import Channel
 from prism.handoff.machine import Event, SourceState
-from prism.handoff.outgoing import Outgoing
+from prism.handoff.outgoing import Outgoing, Way
 from prism.http.connection import Connection, State
 from prism.http.exchange import App, Exchange
 from prism.http.head import HttpError, Limits, RequestHead
@@ -192,12 +192,12 @@ class Node:
         """Serve a request here, hand the connection over, or relay the request."""
         app = self.local_app(connection, head)
         if app is not None:
-            connection.serve(app)
+            self.serve(connection, app)
             return
         try:
             place = self.peers.placement.choose(head.key.decode("utf-8", "surrogateescape"))
         except NoNode as error:
-            connection.serve(Refusal(503, str(error)))
+            self.serve(connection, Refusal(503, str(error)))
             return
         connection.place = place
         name, link = self.peers.link(place, connection.key)
@@ -205,10 +205,7 @@ class Node:
         if why or link is None:
             self.serve_here(connection, why)
             return
-        self._cookie = self._cookie + 1 & _COOKIES
-        handoff = Outgoing(self, connection, link, name, self._cookie)
-        self.moving[connection.key] = handoff
-        handoff.start()
+        self.hand_over(connection, link, name)
 
     def local_app(self, connection: Connection, head: RequestHead) -> App | None:
         """What answers this request on this node; ``None``: it belongs to another node."""
@@ -234,7 +231,11 @@ class Node:
         if place is None:
             raise RuntimeError("a request was kept before it was placed")
         self.metrics.relays.add(why)
-        connection.serve(self.relay.to(place.relay_endpoint))
+        self.serve(connection, self.relay.to(place.relay_endpoint))
+
+    def serve(self, connection: Connection, app: App) -> None:
+        """Have a request answered on this node."""
+        connection.serve(app)
 
     def bad_request(self, connection: Connection, error: HttpError) -> None:
         """Count a request that is none."""
@@ -259,6 +260,13 @@ class Node:
         return flow in self.moving
 
     # -- handoffs out ----------------------------------------------------------------------
+
+    def hand_over(self, connection: Connection, way: Way, target: str) -> None:
+        """Begin a handoff."""
+        self._cookie = self._cookie + 1 & _COOKIES
+        handoff = Outgoing(self, connection, way, target, self._cookie)
+        self.moving[connection.key] = handoff
+        handoff.start()
 
     def handed_over(self, handoff: Outgoing) -> None:
         """Another node has the connection."""

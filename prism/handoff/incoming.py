@@ -17,18 +17,30 @@ from prism._ext import tcp_repair
 from prism._ext.tls_record import Tls
 from prism.errors import ProtocolError
 from prism.flow import Endpoint, Flow
-from prism.handoff.channel import Reply, Taken
+from prism.handoff.channel import Taken
 from prism.handoff.machine import SWITCH_EVENTS, Command, Event, Target
 from prism.handoff.runner import Runner
 from prism.handoff.wire import Offer, Reason, Refused
 from prism.http.stream import PlainStream
 from prism.switch.client import SwitchClient
 from prism.switch.control import Message, Op, Status
+from prism.tls.offload import Mode, stream
 from prism.tls.stream import TlsStream
 
-__all__ = ["Incoming", "Taker"]
+__all__ = ["Incoming", "Replier", "Taker"]
 
 log = logging.getLogger(__name__)
+
+
+class Replier(Protocol):
+    """Answers the offer, once; a :class:`prism.handoff.channel.Reply` or the like."""
+
+    @property
+    def peer(self) -> str:
+        """The node that offers."""
+
+    def __call__(self, answer: Taken | Refused) -> None:
+        """Give the answer."""
 
 
 class Taker(Protocol):
@@ -36,6 +48,7 @@ class Taker(Protocol):
 
     switch: SwitchClient
     trace: bool
+    offload: Mode
 
     def import_endpoint(self, flow: Flow) -> Endpoint | None:
         """The own address and first port for a flow; ``None``: not of this address family."""
@@ -81,7 +94,7 @@ class Incoming:
         "tls",
     )
 
-    def __init__(self, taker: Taker, offer: Offer, reply: Reply) -> None:
+    def __init__(self, taker: Taker, offer: Offer, reply: Replier) -> None:
         """Prepare.
 
         Raises:
@@ -178,7 +191,8 @@ class Incoming:
         if self.tls is None:
             return PlainStream(sock, self.flow, self.offer.pending)
         tls, skip, facts = self.tls
-        return TlsStream(sock, tls, self.flow, self.offer.pending, skip=skip, facts=facts)
+        pending = self.offer.pending
+        return stream(self._taker.offload, sock, tls, self.flow, pending, skip=skip, facts=facts)
 
     def _discard(self) -> None:
         imported, self._imported = self._imported, None

@@ -15,8 +15,9 @@ from time import monotonic_ns
 from typing import Protocol, cast
 
 from prism._ext import tcp_repair
+from prism._ext.tls_record import TlsError
 from prism.errors import ProtocolError
-from prism.handoff.channel import Answer, Link, answer_event
+from prism.handoff.channel import Answer, answer_event
 from prism.handoff.machine import SWITCH_EVENTS, Command, Event, Source, SourceState
 from prism.handoff.runner import Runner
 from prism.handoff.wire import Offer, Refused
@@ -24,9 +25,16 @@ from prism.http.connection import Connection
 from prism.switch.client import SwitchClient
 from prism.switch.control import Message, Op, Status
 
-__all__ = ["Outgoing", "Reporter"]
+__all__ = ["Outgoing", "Reporter", "Way"]
 
 log = logging.getLogger(__name__)
+
+
+class Way(Protocol):
+    """What offers go by: a :class:`prism.handoff.channel.Link`, or the way to this very node."""
+
+    def offer(self, offer: Offer, on_answer: Callable[[Answer], None], deadline: float) -> None:
+        """As :meth:`prism.handoff.channel.Link.offer`."""
 
 
 class Reporter(Protocol):
@@ -69,13 +77,14 @@ class Outgoing:
         "_runner",
         "_state",
         "_timer",
+        "_tls",
         "connection",
         "steps",
         "target",
     )
 
     def __init__(
-        self, reporter: Reporter, connection: Connection, link: Link, target: str, cookie: int
+        self, reporter: Reporter, connection: Connection, link: Way, target: str, cookie: int
     ) -> None:
         self.connection = connection
         self.target = target
@@ -85,6 +94,7 @@ class Outgoing:
         self._cookie = cookie
         self._gen = connection.gen
         self._state = b""
+        self._tls = b""
         self._answer: str = ""
         self._timer: asyncio.TimerHandle | None = None
         self._runner = Runner(Source(), self._execute, self._violation)
@@ -177,7 +187,8 @@ class Outgoing:
     def _freeze_export(self) -> None:
         try:
             self._state = tcp_repair.export_state(self.connection.stream.fileno())
-        except OSError as error:
+            self._tls = self.connection.stream.export_tls()
+        except (OSError, TlsError) as error:
             log.info("%s cannot be exported: %s", self.connection.flow, error)
             self._runner.post(Event.EXPORT_FAILED)
             return
@@ -185,7 +196,7 @@ class Outgoing:
         self._runner.post(Event.EXPORTED)
 
     def _resume(self) -> None:
-        self._state = b""
+        self._state = self._tls = b""
         try:
             tcp_repair.resume(self.connection.stream.fileno())
         except OSError as error:
@@ -222,13 +233,13 @@ class Outgoing:
             connection.key,
             self._gen,
             self._state,
-            connection.stream.export_tls(),
+            self._tls,
             connection.stream.pending,
             connection.hops,
             connection.asked_ns,
             monotonic_ns(),
         )
-        self._state = b""
+        self._state = self._tls = b""
         self._link.offer(offer, self._on_answer, self._reporter.deadline)
         self._mark("offer")
 

@@ -195,8 +195,11 @@ class Connection:
 
     def _refuse(self, error: HttpError) -> None:
         """Answer a head that is no head, and close without the answer being lost."""
-        self.state = State.SERVING
         self.dispatcher.bad_request(self, error)
+        if self.stream.must_move(False):
+            self.decline()
+            return
+        self.state = State.SERVING
         self._stop_reading()
         self._run(self._say_and_linger(error))
 
@@ -251,6 +254,16 @@ class Connection:
             self.close(abort=True)
             return None
         return exchange.fail(error)
+
+    def decline(self) -> None:
+        """Close without an answer to the request, and without a reset: the client may try again."""
+        self.state = State.SERVING
+        self._stop_reading()
+        self._run(self._linger())
+
+    async def _linger(self) -> None:
+        await linger_close(self.stream, LINGER_SECONDS, LINGER_OCTETS)
+        self._gone()
 
     def detach(self) -> Stream:
         """Stop watching the socket: a handoff owns it now."""

@@ -80,6 +80,10 @@ class PlainStream:
         """Nothing waits here to be sent."""
         return True
 
+    def must_move(self, body: bool) -> bool:
+        """Never; see :meth:`Stream.must_move`."""
+        return False
+
     def export_tls(self) -> bytes:
         """Empty: this connection has no TLS."""
         return b""

@@ -96,6 +96,14 @@ class Stream(Protocol):
         """The connection can be handed over now: nothing waits here to be sent."""
         ...
 
+    def must_move(self, body: bool) -> bool:
+        """Whether a request cannot be answered before the connection was handed over.
+
+        A handoff to this very node will do, since what stands in the way is the socket. ``body``:
+        the request has one, so that input will be read before the answer.
+        """
+        ...
+
     def export_tls(self) -> bytes:
         """The TLS state that travels with the TCP state, a secret; empty without TLS."""
         ...

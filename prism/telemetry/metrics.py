@@ -96,6 +96,7 @@ _COUNTERS = {
     "handoffs_out": "Connections handed over to another node",
     "handoffs_in": "Connections taken over from another node",
     "take_backs": "Handoffs taken back because no answer came in time",
+    "renewals": "Connections moved to another socket here, to go on without kernel TLS",
     "bytes_in": "Octets of request bodies received",
     "bytes_out": "Octets of responses sent",
     "heads_timed_out": "Connections closed because a request's head did not come in time",
@@ -118,8 +119,8 @@ class Metrics(Collector):
     """What one process counts.
 
     Attributes:
-        accepted, handoffs_out, handoffs_in, take_backs, bytes_in, bytes_out, heads_timed_out,
-            connections_refused: counters; add to them.
+        accepted, handoffs_out, handoffs_in, take_backs, renewals, bytes_in, bytes_out,
+            heads_timed_out, connections_refused: counters; add to them.
         refusals, relays, requests, bad_requests, control_errors: :class:`LabelledCounter`.
         connections, handoffs_pending: gauges; set, or add and subtract.
         handoff_time: from the decision to the new owner's answer.
@@ -131,6 +132,7 @@ class Metrics(Collector):
     handoffs_out: int
     handoffs_in: int
     take_backs: int
+    renewals: int
     bytes_in: int
     bytes_out: int
     heads_timed_out: int

@@ -1,0 +1,233 @@
+"""Kernel TLS, for sending only: the kernel seals what is written to the socket (linux/tls.h).
+
+Receiving stays with the userspace record layer, and so the receive queue holds records as they
+came. The send queue holds ciphertext, and both can be peeked at in repair mode: such a connection
+can be handed over at any moment at which the kernel has put everything into the queue. It keeps
+back what the queue has no room for, and what was sent with MSG_MORE; how much, it does not tell.
+But that can be worked out::
+
+    octets put into the queue = plaintext accepted + records sealed * overhead of a record
+
+:meth:`KernelTx.settled` compares the two. A socket never gets rid of the TLS layer again, and
+before Linux 6.14 its key cannot be changed either. Both are mended by moving the connection to a
+new socket, where the userspace record layer goes on.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import struct
+import termios
+from dataclasses import dataclass
+from functools import cache
+from typing import Final
+
+from prism._ext.tls_record import MAX_FRAGMENT, TX, Tls, TlsError
+
+__all__ = ["KernelTx", "Support", "probe", "record_message"]
+
+SOL_TLS: Final = 282  # linux/socket.h
+TCP_ULP: Final = 31  # linux/tcp.h
+TLS_TX: Final = 1  # linux/tls.h
+TLS_SET_RECORD_TYPE: Final = 1  # linux/tls.h
+ALERT: Final = 21  # content type (RFC 8446, B.1)
+
+_INFO_SIZE: Final = 64  # no less than any struct tls12_crypto_info_*
+_BYTES_ACKED: Final = struct.Struct("120xQ")  # tcpi_bytes_acked in struct tcp_info
+_NOTHING: Final = bytes(4)
+_PATIENCE: Final = 2.0  # seconds
+_TLS_1_3: Final = 0x0304
+_RECORDS: Final = 23726566 - 1024  # that AES-GCM may seal with one key (RFC 8446, 5.5), and a rest
+_CIPHERS: Final = {
+    0x1301: "AES-128-GCM",
+    0xC02B: "AES-128-GCM",
+    0xC02F: "AES-128-GCM",
+    0x1302: "AES-256-GCM",
+    0xC02C: "AES-256-GCM",
+    0xC030: "AES-256-GCM",
+    0x1303: "CHACHA20-POLY1305",
+    0xCCA8: "CHACHA20-POLY1305",
+    0xCCA9: "CHACHA20-POLY1305",
+}
+_PROBES: Final = {0x1301: 32, 0x1302: 48, 0x1303: 32}  # suite: octets of a secret
+
+
+def record_message(kind: int) -> list[tuple[int, int, bytes]]:
+    """The control message for sendmsg(2) that makes its octets one record of this content type."""
+    return [(SOL_TLS, TLS_SET_RECORD_TYPE, bytes((kind,)))]
+
+
+def _overhead(tls: Tls) -> int:
+    """Octets of a record beside its plaintext: header, explicit nonce, tag, content type."""
+    if tls.version == _TLS_1_3:
+        return 5 + 16 + 1
+    return 5 + 16 + (0 if _CIPHERS[tls.suite] == "CHACHA20-POLY1305" else 8)
+
+
+class KernelTx:
+    """The sending half of a connection that the kernel seals. ``Tls`` must not seal meanwhile.
+
+    Attributes:
+        closed: an alert that ends the connection was sent.
+    """
+
+    __slots__ = ("_accepted", "_base", "_first", "_overhead", "_room", "_sock", "_tls", "closed")
+
+    def __init__(self, sock: socket.socket, tls: Tls) -> None:
+        """Hand the sending keys to the kernel.
+
+        Raises:
+            OSError: the kernel cannot: ENOENT (no TLS, or not this cipher), ENOTCONN (the client
+                has finished sending), EEXIST. The socket can be used as before.
+        """
+        sock.setsockopt(socket.IPPROTO_TCP, TCP_ULP, b"tls")
+        sock.setsockopt(SOL_TLS, TLS_TX, tls.crypto_info(TX))
+        self._sock = sock
+        self._tls = tls
+        self._first = tls.write_seq
+        self._overhead = _overhead(tls)
+        self._base = self._queued_ever(stable=True)
+        self._accepted = 0
+        self._room = 0  # records that may be sealed before the kernel is asked how many it has
+        self.closed = False
+
+    def _queued_ever(self, *, stable: bool = False) -> int:
+        """Octets put into the send queue so far, from an arbitrary beginning.
+
+        An acknowledgement between the two readings makes it too little; not if ``stable``.
+        """
+        while True:
+            acked = self._acknowledged()
+            queued = fcntl.ioctl(self._sock, termios.TIOCOUTQ, _NOTHING)
+            if not stable or acked == self._acknowledged():
+                return acked + int.from_bytes(queued, "little")
+
+    def _acknowledged(self) -> int:
+        info = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_ACKED.size)
+        (acked,) = _BYTES_ACKED.unpack(info)
+        return int(acked)
+
+    def sync(self) -> None:
+        """Take the sequence number over into ``Tls``.
+
+        Raises:
+            OSError: the kernel does not tell.
+            TlsError: it tells of another connection.
+        """
+        self._tls.sync(TX, self._sock.getsockopt(SOL_TLS, TLS_TX, _INFO_SIZE))
+
+    def settled(self) -> bool:
+        """Whether all that was sent is in the queue, sealed; takes the sequence number over."""
+        try:
+            self.sync()
+        except (OSError, TlsError):
+            return False
+        sealed = self._accepted + (self._tls.write_seq - self._first) * self._overhead
+        return self._queued_ever() - self._base == sealed
+
+    def send(self, data: bytes | memoryview, more: bool) -> int:
+        """Send what fits; ``more``: more of the record follows.
+
+        Raises:
+            BlockingIOError: nothing fits.
+            OSError: the connection is lost.
+            TlsError: the key is used up.
+        """
+        self._count(len(data))
+        sent = self._sock.send(data, socket.MSG_MORE if more else 0)
+        self._accepted += sent
+        return sent
+
+    def send_file(self, fd: int, offset: int, n: int) -> int:
+        """Send of a file what fits (sendfile(2)); raises like :meth:`send`."""
+        self._count(n)
+        sent = os.sendfile(self._sock.fileno(), fd, offset, n)
+        self._accepted += sent
+        return sent
+
+    def alert(self, description: int) -> None:
+        """Send an alert that ends the connection, 0 for close_notify; raises like :meth:`send`."""
+        level = 2 if description else 1
+        self.closed = True
+        message = [bytes((level, description))]
+        self._accepted += self._sock.sendmsg(message, record_message(ALERT))
+
+    def _count(self, octets: int) -> None:
+        """See to it that no key seals more records than it may."""
+        records = octets // MAX_FRAGMENT + 2
+        self._room -= records
+        if self._room < 0:
+            self.sync()
+            self._room = _RECORDS - self._tls.write_seq - records
+            if self._room < 0:
+                raise TlsError(80, "the key has sealed as many records as it may")
+
+
+@dataclass(frozen=True, slots=True)
+class Support:
+    """What the kernel seals.
+
+    Attributes:
+        ciphers: by their names in the configuration.
+        why: why it is not all; empty: it is.
+    """
+
+    ciphers: frozenset[str]
+    why: str
+
+    def covers(self, tls: Tls) -> bool:
+        """Whether the kernel can seal for this connection: it knows full-sized records only."""
+        return _CIPHERS.get(tls.suite) in self.ciphers and tls.max_fragment == MAX_FRAGMENT
+
+
+@cache
+def probe() -> Support:
+    """Find out, once for each process, by sealing for connections over the loopback device.
+
+    It may take some milliseconds: the kernel loads the modules, and tests the ciphers, on demand.
+    Where the loopback device is down, all ciphers are taken to be there if kernel TLS is.
+    """
+    if why := _missing_layer():
+        return Support(frozenset(), why)
+    found, problems = set(), []
+    for suite, length in _PROBES.items():
+        try:
+            _try_cipher(suite, length)
+        except OSError as error:
+            problems.append(f"{_CIPHERS[suite]}: {error.strerror}")
+        else:
+            found.add(_CIPHERS[suite])
+    return Support(frozenset(found), "; ".join(problems))
+
+
+def _missing_layer() -> str:
+    """Why sockets cannot have the TLS layer; empty: they can."""
+    with socket.socket() as bare:
+        try:
+            bare.setsockopt(socket.IPPROTO_TCP, TCP_ULP, b"tls")
+        except OSError as error:
+            # Only a layer that is there minds that there is no connection.
+            return "" if error.errno == errno.ENOTCONN else f"TCP_ULP: {error.strerror}"
+    return ""
+
+
+def _try_cipher(suite: int, length: int) -> None:
+    """Seal with it in the kernel.
+
+    Raises:
+        OSError: it cannot.
+    """
+    secret = bytes(length)
+    tls = Tls.from_traffic_secrets(suite, secret, secret, is_server=True)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(1)
+        try:
+            client = socket.create_connection(listener.getsockname(), _PATIENCE)
+        except OSError:
+            return  # nothing to try it with
+        with client, listener.accept()[0] as server:
+            KernelTx(server, tls)
