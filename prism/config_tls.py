@@ -28,7 +28,7 @@ class CertificateConfig(Section):
 
 
 class TlsConfig(Section):
-    """TLS at the frontend. Changed certificates are taken up without a restart."""
+    """TLS at the frontend, which takes up changed certificates. A backend needs only `offload`."""
 
     listen: tuple[HostPort, ...] = Field(
         (),
@@ -36,10 +36,11 @@ class TlsConfig(Section):
         description="Service addresses that speak TLS; the frontend listens on them, too.",
     )
     certificates: tuple[CertificateConfig, ...] = Field(
-        min_length=1,
+        (),
         max_length=1024,
-        description="Chosen by the name the client asks for; the first one is for all other "
-        "names. Certificates with ECDSA and RSA keys may stand side by side.",
+        description="Needed where `listen` has addresses. Chosen by the name the client asks for; "
+        "the first one is for all other names. Certificates with ECDSA and RSA keys may stand side "
+        "by side.",
     )
     min_version: Literal["1.2", "1.3"] = Field("1.2", description="Oldest version spoken.")
     suites: tuple[Suite, ...] = Field(
@@ -69,7 +70,9 @@ class TlsConfig(Section):
     )
     offload: Literal["auto", "kernel", "user"] = Field(
         "auto",
-        description="Who seals and opens the records afterwards; `auto`: the kernel where it can.",
+        description="Who makes the TLS records of large files at a backend; `auto`: the kernel "
+        "where it can, `user`: the process, as with everything else. With `kernel` a backend does "
+        "not start where the kernel cannot.",
     )
 
     def with_absolute_paths(self, base: Path) -> Self:
@@ -85,6 +88,8 @@ class TlsConfig(Section):
 
     @model_validator(mode="after")
     def _plausible(self) -> Self:
+        if self.listen and not self.certificates:
+            raise ValueError("listen needs certificates: add a [[tls.certificates]] entry")
         if len(set(self.suites)) < len(self.suites):
             raise ValueError("suites has one suite twice")
         if self.client_auth != "none" and self.client_ca is None:

@@ -25,7 +25,6 @@ __all__ = ["CHECKS", "Check", "Finding", "Missing", "examine"]
 
 _CLONE_NEWNET: Final = 0x40000000
 _MNT_DETACH: Final = 2
-_TCP_ULP: Final = 31
 _NETLINK_SOCK_DIAG: Final = 4
 _SKNLGRP_INET_TCP_DESTROY: Final = 1
 _CAPABILITIES: Final = {"NET_ADMIN": 12, "NET_RAW": 13, "SYS_ADMIN": 21, "BPF": 39}
@@ -255,9 +254,13 @@ def _destroy_notices() -> str:
 
 
 def _kernel_tls() -> str:
-    with _connection() as (client, _):
-        client.setsockopt(socket.IPPROTO_TCP, _TCP_ULP, b"tls")
-    return "sockets take the tls layer"
+    from prism.tls.kernel import probe  # noqa: PLC0415
+
+    with _connection():  # brings the loopback device up
+        support = probe()
+    if support.why:
+        raise Missing(support.why)
+    return f"seals with {', '.join(sorted(support.ciphers))}"
 
 
 def _modules() -> str:
@@ -401,9 +404,9 @@ CHECKS: Final[tuple[Check, ...]] = (
     Check(
         "kernel TLS",
         _kernel_tls,
-        "TLS",
-        "TLS records are made in the process (TLS is not yet available)",
-        "modprobe tls, on a kernel with CONFIG_TLS",
+        "backend",
+        "files are copied and sealed in the process instead of sendfile, where TLS is used",
+        "modprobe tls, on a kernel with CONFIG_TLS and the ciphers (gcm, chacha20poly1305)",
         required=False,
     ),
     Check(

@@ -14,7 +14,7 @@ __all__ = ["settings_of"]
 
 _ROLES = ("frontend", "backend", "switch")
 _COMMON = ("cluster", "placement", "telemetry")
-_TLS = ("frontend", "backend")  # roles that serve clients: the switch has no use for keys
+_TLS = ("frontend", "backend")  # roles that serve clients; only frontends have the keys
 
 
 def settings_of(cluster: Cluster, node: Node) -> dict[str, Any]:
@@ -49,7 +49,8 @@ def settings_of(cluster: Cluster, node: Node) -> dict[str, Any]:
         node.role: _role(cluster, node),
     }
     if options.tls and node.role in _TLS:
-        settings["tls"] = tls_settings(cluster.dir, topology.services(443))
+        secure = node.role == "frontend"
+        settings["tls"] = tls_settings(cluster.dir, topology.services(443)) if secure else {}
     for key, value in options.settings.items():
         section, _, name = key.partition(".")
         if not name or section not in (*_COMMON, *_ROLES, "tls"):

@@ -50,6 +50,13 @@ def test_a_section_with_defaults(tmp_path: Path) -> None:
     assert parse(CLUSTER).tls_listen == ()
 
 
+def test_a_section_of_a_backend_needs_no_certificates() -> None:
+    config = parse(CLUSTER + '[tls]\noffload = "kernel"\n')
+    assert config.tls is not None
+    assert (config.tls.offload, config.tls.certificates) == ("kernel", ())
+    assert config.tls_listen == ()
+
+
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
@@ -60,7 +67,8 @@ def test_a_section_with_defaults(tmp_path: Path) -> None:
         ('min_version = "1.1"', "'1.2'"),
         ("tickets = 3", "tls.tickets: "),
         ("handshake_timeout = 0", "tls.handshake_timeout: "),
-        ("certificates = []", "tls.certificates: "),
+        ('listen = ["10.0.0.9:443"]\ncertificates = []', "listen needs certificates: add"),
+        ('offload = "always"', "'auto', 'kernel' or 'user'"),
         ('certificates = [{ certificate = "a" }]', "tls.certificates[0].key: is missing"),
         ('certificates = [{ certificate = "a", key = "b", pin = 1 }]', "known here: certificate"),
     ],
