@@ -104,6 +104,7 @@ struct pm_file {
  * @destruct: the socket's own sk_destruct
  * @time_wait_ended: its TIME_WAIT ended before the socket itself did
  * @waiting: the socket has gone, its TIME_WAIT stands
+ * @late: the connection had ended when it was registered, perhaps by a TIME_WAIT
  * @event: what will be read
  */
 struct pm_conn {
@@ -113,6 +114,7 @@ struct pm_conn {
 	pm_destruct_t destruct;
 	bool time_wait_ended;
 	bool waiting;
+	bool late;
 	struct prism_monitor_event event;
 };
 
@@ -146,8 +148,9 @@ struct pm_proto {
  * @PM_OBSERVED: it does, and we shall be called at its end
  * @PM_UNOBSERVED: it does, but it was there before the socket was registered, or the kernel calls
  *	nobody
+ * @PM_NAMELESS: one does, which began when its socket had no cookie yet
  */
-enum pm_time_wait { PM_NONE, PM_OBSERVED, PM_UNOBSERVED };
+enum pm_time_wait { PM_NONE, PM_OBSERVED, PM_UNOBSERVED, PM_NAMELESS };
 
 static struct pm_bucket *pm_table;
 static struct kmem_cache *pm_conns;
@@ -270,12 +273,17 @@ static enum pm_time_wait pm_time_wait(struct sock *sk, u64 socket)
 	found = pm_lookup(sk);
 	if (!found)
 		return PM_NONE;
-	if (found->sk_state == TCP_TIME_WAIT &&
-	    atomic64_read(&inet_twsk(found)->tw_cookie) == socket)
-		stands = (PM_FEATURES & PRISM_MONITOR_SEES_TIME_WAIT) &&
-					 pm_is_ours(inet_twsk(found)->tw_prot)
-				 ? PM_OBSERVED
-				 : PM_UNOBSERVED;
+	if (found->sk_state == TCP_TIME_WAIT) {
+		u64 cookie = atomic64_read(&inet_twsk(found)->tw_cookie);
+
+		if (cookie == socket && (PM_FEATURES & PRISM_MONITOR_SEES_TIME_WAIT) &&
+		    pm_is_ours(inet_twsk(found)->tw_prot))
+			stands = PM_OBSERVED;
+		else if (cookie == socket)
+			stands = PM_UNOBSERVED;
+		else if (!cookie)
+			stands = PM_NAMELESS;
+	}
 	sock_gen_put(found); /* may be the last reference, and call pm_twsk_destructor() */
 	return stands;
 }
@@ -365,7 +373,7 @@ static void pm_sk_destruct(struct sock *sk)
 			kmem_cache_free(pm_conns, conn);
 		} else if (conn->time_wait_ended) {
 			wake = pm_tell(conn, PRISM_MONITOR_TIME_WAIT, 0);
-		} else if (stands == PM_NONE) {
+		} else if (stands == PM_NONE || (stands == PM_NAMELESS && !conn->late)) {
 			wake = pm_tell(conn, pm_reason(sk), 0);
 		} else if (stands == PM_OBSERVED) {
 			conn->waiting = true;
@@ -540,7 +548,7 @@ static int pm_enter(struct pm_file *file, struct sock *sk, struct pm_conn **fres
 		error = conn->file == file ? -EEXIST : -EBUSY;
 	} else if (conn) { /* unregistered before: the hooks are there */
 		conn->file = file;
-		conn->event = (*fresh)->event;
+		conn->event = (*fresh)->event; /* late is as it was at the first time */
 	}
 	spin_unlock_irq(&bucket->lock);
 	if (error || conn)
@@ -580,6 +588,7 @@ static int pm_register_sock(struct pm_file *file, struct sock *sk,
 	if (pm_registrable(sk)) {
 		sock_diag_save_cookie(sk, cookie);
 		request->socket = (u64)cookie[1] << 32 | cookie[0];
+		fresh->late = sk->sk_state == TCP_CLOSE;
 		fresh->event.cookie = request->cookie;
 		fresh->event.socket = request->socket;
 		pm_describe(sk, &fresh->event);

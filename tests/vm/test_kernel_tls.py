@@ -1,0 +1,342 @@
+"""Kernel TLS under a stream: its records, its sequence numbers, and moving between two hosts."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tcp_bed import ADDRESSES, Bed, MakeNamespace, bed, connect, listen
+from tls_pairs import pair
+
+from prism._ext import tcp_repair
+from prism._ext.tls_record import RX, Tls
+from prism.doctor import CHECKS, examine
+from prism.flow import Flow
+from prism.tls.kernel import SOL_TLS, TCP_ULP, TLS_TX, probe
+from prism.tls.offload import KERNEL_FROM, KernelTlsStream, check
+from prism.tls.stream import TlsBroken, TlsStream
+
+SUITES = [0x1301, 0x1302, 0x1303, 0xC02B, 0xC030, 0xCCA8]
+PIECE = 256 * 1024
+MOVES = 3
+TLS_RX = 2
+PATIENCE = 60.0
+
+
+@pytest.fixture
+def lab(make_namespace: MakeNamespace) -> Iterator[Bed]:
+    with bed(make_namespace) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("kernel-tls") / "file"
+    path.write_bytes(hashlib.shake_128(b"file").digest((MOVES + 1) * PIECE))
+    return path
+
+
+class Client:
+    """The other side: the record layer in the process, one thread for each direction."""
+
+    def __init__(self, sock: socket.socket, tls: Tls) -> None:
+        self.sock = sock
+        self.tls = tls
+        self.heard = bytearray()
+        self.alert: int | None = None
+        self.failure: BaseException | None = None
+        self._threads: list[threading.Thread] = []
+        sock.settimeout(PATIENCE)
+
+    def start(self, upload: bytes = b"") -> None:
+        for target in (self._listen, lambda: self._talk(upload)):
+            self._threads.append(threading.Thread(target=target, daemon=True))
+            self._threads[-1].start()
+
+    def _talk(self, upload: bytes) -> None:
+        for at in range(0, len(upload), 8192):
+            self.sock.sendall(self.tls.seal(upload[at : at + 8192]))
+
+    def _listen(self) -> None:
+        raw = b""
+        try:
+            while piece := self.sock.recv(65536):
+                opened = self.tls.open(raw + piece)
+                assert opened.error is None, opened.error
+                raw = (raw + piece)[opened.consumed :]
+                self.heard += opened.data
+                self.alert = opened.alert if opened.closed else self.alert
+            assert raw == b""
+        except BaseException as error:
+            self.failure = error
+
+    def finish(self) -> None:
+        for thread in self._threads:
+            thread.join(PATIENCE)
+            assert not thread.is_alive()
+        if self.failure is not None:
+            raise self.failure
+        self.sock.close()
+
+
+def open_pair(lab: Bed, suite: int) -> tuple[Client, KernelTlsStream]:
+    """A client, and the stream at the first server."""
+    with listen(lab.servers[0], ADDRESSES[4]) as listener:
+        sock = connect(lab.client, ADDRESSES[4], rcvbuf=65536)
+        server, _ = listener.accept()
+    tls, other = pair(suite)
+    return Client(sock, other), KernelTlsStream(server, tls, Flow.of_socket(server))
+
+
+def move(lab: Bed, stream: KernelTlsStream, to: int) -> tuple[KernelTlsStream, dict[str, object]]:
+    """What a handoff does, all of it; the stream there, and what was carried."""
+    port = stream.sock.getsockname()[1]
+    assert stream.movable
+    lab.lock()
+    state = tcp_repair.export_state(stream.fileno())
+    secrets, pending, flow = stream.export_tls(), stream.pending, stream.flow
+    imported = lab.servers[to].run_inside(
+        lambda: tcp_repair.import_state(state, ADDRESSES[4], port, alternatives=0)
+    )
+    tcp_repair.close_quietly(stream.release())
+    lab.point_at(to)
+    sock = socket.socket(fileno=lab.servers[to].run_inside(imported.activate))
+    tls, skip, facts = TlsStream.parse_tls(secrets)
+    there = KernelTlsStream(sock, tls, flow, pending, skip=skip, facts=facts)
+    return there, tcp_repair.describe(state)
+
+
+class Server:
+    """Sends a file and receives an upload at the same time."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.sent = 0
+        self.got = bytearray()
+
+    async def run(self, stream: TlsStream, sent: int, got: int) -> None:
+        """Until this many octets have gone each way, and all is in the socket's queue."""
+        async with asyncio.timeout(PATIENCE):
+            while self.sent < sent or len(self.got) < got or not stream.movable:
+                if self.sent < sent:
+                    self.send(stream, sent - self.sent)
+                self.receive(stream)
+                await asyncio.sleep(0.002)
+
+    def send(self, stream: TlsStream, n: int) -> None:
+        try:
+            self.sent += stream.send_file(self.fd, self.sent, n)
+        except BlockingIOError:
+            pass
+
+    def receive(self, stream: TlsStream) -> None:
+        try:
+            self.got += stream.receive(65536)
+        except BlockingIOError:
+            pass
+
+
+def kernel_seq(stream: TlsStream) -> int:
+    """The sequence number that the kernel would seal the next record with."""
+    return int.from_bytes(stream.sock.getsockopt(SOL_TLS, TLS_TX, 64)[-8:])
+
+
+def test_the_kernel_can(capsys: pytest.CaptureFixture[str]) -> None:
+    assert probe().why == ""
+    assert probe().ciphers == {"AES-128-GCM", "AES-256-GCM", "CHACHA20-POLY1305"}
+    check("kernel")
+    (finding,) = examine([each for each in CHECKS if each.name == "kernel TLS"])
+    assert finding.ok, finding
+    assert "CHACHA20-POLY1305" in finding.detail
+
+
+@pytest.mark.parametrize("suite", SUITES, ids=hex)
+async def test_moving_while_data_flows_both_ways(lab: Bed, file: Path, suite: int) -> None:
+    client, stream = open_pair(lab, suite)
+    content = file.read_bytes()
+    client.start(content[::-1])
+    carried = {"send_queue": 0, "receive_queue": 0}
+    with file.open("rb") as source:
+        server = Server(source.fileno())
+        for turn in range(MOVES + 1):
+            end = (turn + 1) * PIECE
+            before = stream.tls.write_seq
+            # The first record of each owner is made in the process, the others in the kernel.
+            assert not stream.in_kernel
+            while server.sent == turn * PIECE:
+                server.send(stream, 1000)
+                await asyncio.sleep(0)
+            await server.run(stream, end, end - PIECE // 2 if turn < MOVES else end)
+            assert stream.in_kernel
+            records = 1 + -(-(PIECE - 1000) // 16384)
+            assert stream.tls.write_seq == kernel_seq(stream) >= before + records
+            if turn < MOVES:
+                sequence = stream.tls.write_seq
+                stream, told = move(lab, stream, (turn + 1) % 2)
+                assert stream.tls.write_seq == sequence
+                for queue in carried:
+                    carried[queue] += int(str(told[queue]))
+    assert stream.movable  # takes the sequence number over
+    written = stream.tls.write_seq
+    stream.close()
+    client.finish()
+    assert hashlib.sha256(client.heard).digest() == hashlib.sha256(content).digest()
+    assert hashlib.sha256(server.got).digest() == hashlib.sha256(content[::-1]).digest()
+    assert client.alert == 0
+    assert client.tls.read_seq == written + 1  # and the close_notify
+    assert carried["send_queue"] > 0, carried
+    assert carried["receive_queue"] > 0, carried
+
+
+async def in_kernel(lab: Bed, file: Path, suite: int = 0x1301) -> tuple[Client, KernelTlsStream]:
+    """A stream that has gone over to the kernel."""
+    client, stream = open_pair(lab, suite)
+    with file.open("rb") as source:
+        assert stream.send_file(source.fileno(), 0, KERNEL_FROM) > 0
+    assert stream.in_kernel
+    return client, stream
+
+
+async def test_what_the_kernel_keeps_back_keeps_the_connection(lab: Bed, file: Path) -> None:
+    client, stream = await in_kernel(lab, file)
+    await wait_movable(stream, client, KERNEL_FROM)
+    assert stream.send(b"open", more=True) == 4
+    assert not stream.movable  # half a record
+    assert stream.send(b" and shut") == 9
+    assert stream.movable
+    sent = KERNEL_FROM + 13
+    with file.open("rb") as source, pytest.raises(BlockingIOError):
+        while True:  # nobody reads
+            sent += stream.send_file(source.fileno(), 0, PIECE)
+    held = not stream.movable
+    client.start()
+    await wait_movable(stream, client, sent)
+    stream.close()
+    client.finish()
+    assert len(client.heard) == sent
+    assert held
+
+
+async def wait_movable(stream: KernelTlsStream, client: Client, sent: int) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while not stream.movable:
+            await asyncio.sleep(0.01)
+
+
+async def test_a_frozen_connection_goes_on_in_the_kernel(lab: Bed, file: Path) -> None:
+    """As after a handoff that was taken back."""
+    client, stream = await in_kernel(lab, file)
+    client.start()
+    await wait_movable(stream, client, KERNEL_FROM)
+    tcp_repair.export_state(stream.fileno())
+    before = stream.export_tls()
+    tcp_repair.resume(stream.fileno())
+    assert stream.send(b"back") == 4
+    assert stream.movable
+    assert stream.export_tls() != before
+    stream.close()
+    client.finish()
+    assert bytes(client.heard[-4:]) == b"back"
+    assert client.alert == 0
+
+
+async def test_a_key_update_has_it_move(lab: Bed, file: Path) -> None:
+    client, stream = await in_kernel(lab, file)
+    client.start(b"GET")
+    assert await heard(stream, 3) == b"GET"
+    assert not stream.must_move(False)
+    assert stream.must_move(True)  # there may be one in a body
+    stream.consume(3)
+    client.sock.sendall(client.tls.key_update(True))
+    client.sock.sendall(client.tls.seal(b"GET"))
+    assert await heard(stream, 3) == b"GET"
+    assert stream.must_move(False)
+    stream, _ = move(lab, stream, 1)
+    assert not stream.must_move(False)
+    assert await heard(stream, 3) == b"GET"
+    stream.consume(3)
+    with file.open("rb") as source:
+        server = Server(source.fileno())
+        await server.run(stream, PIECE, 0)  # behind our own KeyUpdate, under a new key
+    assert stream.in_kernel
+    stream.close()
+    client.finish()
+    assert bytes(client.heard[KERNEL_FROM:]) == file.read_bytes()[:PIECE]
+    assert client.alert == 0
+
+
+async def test_a_key_update_between_requests(lab: Bed, file: Path) -> None:
+    client, stream = await in_kernel(lab, file)
+    client.start()
+    client.sock.sendall(client.tls.key_update(True))
+    async with asyncio.timeout(PATIENCE):
+        while not stream.tls.owes:
+            with pytest.raises(BlockingIOError):
+                stream.peek()
+            await asyncio.sleep(0.01)
+    assert stream.must_move(False)
+    with pytest.raises(TlsBroken):
+        stream.send(b"not before it is answered")
+    await wait_movable(stream, client, KERNEL_FROM)
+    stream, _ = move(lab, stream, 1)
+    assert stream.send(b"now") == 3
+    stream.close()
+    client.finish()
+    assert bytes(client.heard[-3:]) == b"now"
+
+
+async def heard(stream: TlsStream, n: int) -> bytes:
+    async with asyncio.timeout(PATIENCE):
+        while True:
+            try:
+                if len(data := stream.peek()) >= n:
+                    return data
+            except BlockingIOError:
+                pass
+            await asyncio.sleep(0.01)
+
+
+async def test_a_broken_record_is_told_by_the_kernel(lab: Bed, file: Path) -> None:
+    client, stream = await in_kernel(lab, file)
+    client.start()
+    client.sock.sendall(b"\x17\x03\x03\x00\x20" + bytes(32))
+    with pytest.raises(TlsBroken):
+        await heard(stream, 1)
+    stream.shutdown_write()
+    client.finish()
+    assert client.alert == 20  # bad_record_mac
+    stream.close()
+
+
+async def test_a_half_closed_connection_stays_in_the_process(lab: Bed, file: Path) -> None:
+    """The kernel takes no connection whose client has finished sending."""
+    client, stream = open_pair(lab, 0x1301)
+    client.sock.shutdown(socket.SHUT_WR)
+    client.start()
+    with file.open("rb") as source:
+        await asyncio.sleep(0.1)
+        server = Server(source.fileno())
+        async with asyncio.timeout(PATIENCE):
+            while server.sent < PIECE:
+                server.send(stream, PIECE - server.sent)
+                await asyncio.sleep(0.002)
+    assert not stream.in_kernel
+    stream.close()
+    client.finish()
+    assert bytes(client.heard) == file.read_bytes()[:PIECE]
+
+
+async def test_receiving_in_the_kernel_cannot_be_carried(lab: Bed) -> None:
+    _, stream = open_pair(lab, 0x1301)
+    stream.sock.setsockopt(socket.IPPROTO_TCP, TCP_ULP, b"tls")
+    tcp_repair.export_state(stream.fileno())  # the layer alone is in nobody's way
+    tcp_repair.resume(stream.fileno())
+    stream.sock.setsockopt(SOL_TLS, TLS_RX, stream.tls.crypto_info(RX))
+    with pytest.raises(tcp_repair.NotCarriable, match="TLS_RX"):
+        tcp_repair.export_state(stream.fileno())
+    stream.abort()

@@ -1,0 +1,158 @@
+"""A whole cluster whose backends use the monitor module: a rule goes when its connection has gone.
+
+That is when nothing of it is left in the backend's kernel: at once where the client closed first,
+and at the end of TIME_WAIT, of itself or cut short, where the backend did.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from e2e_bed import Bed, bed, wait_for
+from kmod_device import settled_references, time_waits
+
+from prism.monitor.base import TIME_WAIT
+
+PORT = 42_000
+SLOW = {  # the emulated machine is some twenty times slower than a real one
+    "switch.max_rules": 1024,
+    "cluster.lease": 30.0,
+    "frontend.handoff_deadline_ms": 5000.0,
+    "backend.handoff_deadline_ms": 5000.0,
+}
+pytestmark = pytest.mark.usefixtures("module")
+
+
+@pytest.fixture(scope="module")
+def lab(module: str) -> Iterator[Bed]:
+    with bed(backends=2, frontends=1, settings={"backend.monitor": "kmod", **SLOW}) as found:
+        yield found
+
+
+def handed_over(lab: Bed, path: str, wanted: str, port: int, *headers: tuple[str, str]):
+    """A connection that got this object from the backend that has it; still open here."""
+    before = lab.counters("be1")["handoffs_in"]
+    conn = lab.client.connect(source_port=port)
+    answer = conn.request("GET", path, headers=headers)
+    assert (answer.status, answer.sha256) == (200, wanted)
+    assert lab.counters("be1")["handoffs_in"] == before + 1, lab.relays()
+    return conn
+
+
+def backend_time_waits(lab: Bed) -> int:
+    with lab.cluster.topology.namespace("be1").entered():
+        return time_waits()
+
+
+@pytest.fixture(scope="module")
+def stored(lab: Bed) -> tuple[str, str]:
+    path = lab.key("be1", "kmod")
+    return path, hashlib.sha256(lab.store(path, 20_000)).hexdigest()
+
+
+def test_the_backends_use_the_module(lab: Bed) -> None:
+    for node in lab.backends:
+        assert [status["monitor"] for status in lab.cluster.statuses(node)] == ["kmod"]
+    assert Path("/dev/prism_monitor").exists()
+
+
+def test_the_client_closes_first(lab: Bed, stored: tuple[str, str]) -> None:
+    conn = handed_over(lab, *stored, PORT)
+    assert lab.rules() == 1
+    time.sleep(0.3)
+    assert lab.rules() == 1
+    conn.close()
+    assert wait_for(lambda: lab.rules() == 0, 3.0)
+    assert backend_time_waits(lab) == 0
+
+
+def test_the_backend_closes_first_and_the_port_is_used_again(
+    lab: Bed, stored: tuple[str, str]
+) -> None:
+    """The SYN's question ends the old rule; the module does not mistake the old for the new."""
+    conn = handed_over(lab, *stored, PORT + 1, ("Connection", "close"))
+    assert conn.at_end()
+    conn.close()
+    assert wait_for(lambda: backend_time_waits(lab) == 1, 3.0)
+    assert lab.rules() == 1
+    again = handed_over(lab, *stored, PORT + 1)
+    assert lab.rules() == 1
+    time.sleep(0.5)
+    assert lab.rules() == 1  # the new connection's, and it stays
+    answer = again.request("GET", stored[0])
+    assert (answer.status, answer.sha256) == (200, stored[1])
+    again.close()
+    assert wait_for(lambda: lab.rules() == 0, 3.0)
+
+
+def test_time_wait_cut_short(lab: Bed, stored: tuple[str, str]) -> None:
+    """Nothing but the module can tell; the rule goes with TIME_WAIT, a minute earlier than else."""
+    conn = handed_over(lab, *stored, PORT + 2, ("Connection", "close"))
+    assert conn.at_end()
+    before = backend_time_waits(lab)
+    client, seq = conn.local, next_sequence(conn.sock)
+    conn.close()
+    assert wait_for(lambda: backend_time_waits(lab) == before + 1, 3.0)
+    time.sleep(0.5)
+    assert lab.rules() == 1
+    send_reset(lab, client, seq + 1)  # behind the FIN (RFC 1337 would rather it were ignored)
+    assert wait_for(lambda: backend_time_waits(lab) == before, 3.0)
+    assert wait_for(lambda: lab.rules() == 0, 3.0)
+
+
+def next_sequence(sock: socket.socket) -> int:
+    """The sequence number that a socket's next octet will have (TCP_REPAIR, TCP_QUEUE_SEQ)."""
+    repair, queue, sequence, send_queue, off_without_probe = 19, 20, 21, 2, -1
+    sock.setsockopt(socket.IPPROTO_TCP, repair, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, queue, send_queue)
+    number = sock.getsockopt(socket.IPPROTO_TCP, sequence)
+    sock.setsockopt(socket.IPPROTO_TCP, repair, off_without_probe)
+    return number
+
+
+def send_reset(lab: Bed, client: tuple[str, int], seq: int) -> None:
+    """Send an RST from a port of the client that has no socket any more (RFC 9293, 3.1)."""
+    service = lab.client.service
+    header = struct.pack(
+        "!HHIIBBHHH", client[1], service.port, seq & 0xFFFF_FFFF, 0, 5 << 4, 4, 0, 0, 0
+    )
+    pseudo = socket.inet_aton(client[0]) + socket.inet_aton(service.host)
+    pseudo += struct.pack("!HH", socket.IPPROTO_TCP, len(header))
+    total = sum(struct.unpack(f"!{(len(pseudo) + len(header)) // 2}H", pseudo + header))
+    total = (total & 0xFFFF) + (total >> 16)
+    total = (total & 0xFFFF) + (total >> 16)
+    with lab.client.namespace.run_inside(
+        lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_TCP)
+    ) as raw:
+        packet = header[:16] + struct.pack("!H", ~total & 0xFFFF) + header[18:]
+        raw.sendto(packet, (service.host, 0))
+
+
+@pytest.mark.slow
+def test_the_rule_stays_exactly_as_long_as_time_wait(lab: Bed, stored: tuple[str, str]) -> None:
+    assert lab.rules() == 0
+    standing = backend_time_waits(lab)
+    conn = handed_over(lab, *stored, PORT + 3, ("Connection", "close"))
+    assert conn.at_end()
+    conn.close()
+    assert wait_for(lambda: backend_time_waits(lab) == standing + 1, 3.0)
+    began = time.monotonic()
+    while backend_time_waits(lab):
+        assert lab.rules() == 1
+        assert time.monotonic() - began < TIME_WAIT + 10
+        time.sleep(0.25)
+    gone = time.monotonic()
+    assert wait_for(lambda: lab.rules() == 0, 3.0)
+    assert gone - began > TIME_WAIT - 10
+    print(f"the rule went {time.monotonic() - gone:.2f} s after TIME_WAIT")
+
+
+def test_zz_nothing_keeps_the_module_when_the_lab_is_down(module: str) -> None:
+    """Sockets that the lab left behind, in whatever state, went with its namespaces."""
+    assert settled_references(seconds=30.0) == 0

@@ -1,0 +1,85 @@
+"""The monitor with a kernel module: what every monitor does, and what it does without room."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+import pytest
+from kmod_device import PARAMETERS
+from monitor_conformance import MonitorConformance, Notes, ends, pair, reset
+
+from prism.config import BackendConfig
+from prism.monitor.base import Reason
+from prism.monitor.choose import monitor_for
+from prism.monitor.kmod import KmodMonitor
+
+pytestmark = pytest.mark.usefixtures("module")
+
+
+class TestKmod(MonitorConformance):
+    sees_time_wait = True
+    burst = 1_000  # the emulated machine is slow
+
+    def make_monitor(self) -> KmodMonitor:
+        return KmodMonitor()
+
+    async def test_without_room_it_looks_for_itself(self, monitor, listener4, sysctl, caplog):
+        sysctl(PARAMETERS / "max_registrations", 2)
+        notes = Notes()
+        pairs = [pair(listener4) for _ in range(5)]
+        for _, ours in pairs:
+            monitor.watch(ours.fileno(), *ends(ours), notes.append)
+        assert monitor.counters.no_room == 3
+        assert "no room" in caplog.text
+        forgotten = ends(pairs[4][1])
+        monitor.forget(*forgotten)
+        wanted = [ends(ours) for _, ours in pairs[:4]]
+        for client, ours in pairs:
+            reset(ours)
+            client.close()
+        await notes.wait(4, 5.0)
+        assert sorted(map(str, ((note.local, note.peer) for note in notes))) == sorted(
+            map(str, wanted)
+        )
+        assert [note.reason for note in notes].count(Reason.UNKNOWN) == 2
+
+    async def test_the_same_socket_under_other_ends(self, monitor, listener4):
+        client, ours = pair(listener4)
+        local, peer = ends(ours)
+        before, after = Notes(), Notes()
+        monitor.watch(ours.fileno(), local, peer, before.append)
+        monitor.watch(ours.fileno(), peer, local, after.append)
+        client.close()
+        ours.close()
+        await after.wait()
+        assert before == []
+        assert len(monitor) == 0
+
+    async def test_a_callback_may_close_the_monitor(self, monitor, listener4):
+        closing = []
+        pairs = [pair(listener4) for _ in range(20)]
+        for _, ours in pairs:
+            monitor.watch(
+                ours.fileno(),
+                *ends(ours),
+                lambda gone: closing.append(asyncio.ensure_future(monitor.close())),
+            )
+        for client, ours in pairs:
+            reset(ours)
+            client.close()
+        await asyncio.sleep(0.2)
+        assert closing
+        await asyncio.gather(*closing)
+
+    async def test_a_socket_without_connection_is_refused(self, monitor):
+        with socket.socket() as fresh, pytest.raises(OSError, match="not connected"):
+            monitor.watch(fresh.fileno(), *([None] * 2), print)  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "name"), [("auto", "kmod"), ("kmod", "kmod"), ("sockdiag", "sockdiag")]
+)
+def test_which_monitor_is_chosen(wanted, name):
+    backend = BackendConfig(name="be1", address="10.77.0.1", monitor=wanted)
+    assert monitor_for(backend).name == name

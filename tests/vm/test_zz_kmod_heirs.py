@@ -1,0 +1,46 @@
+"""A registered socket that becomes a listener. Goes last: the module stays loaded for good."""
+
+from __future__ import annotations
+
+import ctypes
+import socket
+import subprocess
+
+import pytest
+from kmod_device import Device, settled_references, unload_module
+from monitor_conformance import pair, reset
+
+
+def test_a_registered_socket_that_becomes_a_listener(module, make_namespace):
+    """What it accepts inherits the hook but no reference to the module."""
+    with (
+        make_namespace("heirs").entered(),
+        Device() as device,
+        socket.create_server(("127.0.0.1", 0)) as listener,
+    ):
+        client, ours = pair(listener)
+        device.register(ours, 1)
+        libc_disconnect(ours)
+        ours.bind(("127.0.0.1", 0))
+        ours.listen()
+        heir_client, heir = pair(ours)
+        device.register(heir, 2)  # an heir may be registered itself
+        other_client, other = pair(ours)  # or not
+        ours.close()
+        assert device.wait()[0].cookie == 1
+        assert settled_references(3) == 3  # the descriptor, the heir, and for good
+        heir_client.close()
+        heir.close()
+        assert device.wait()[0].cookie == 2
+        reset(other)
+        other_client.close()
+        client.close()
+    assert settled_references(1) == 1
+    with pytest.raises(subprocess.CalledProcessError, match="rmmod"):
+        unload_module()
+
+
+def libc_disconnect(sock: socket.socket) -> None:
+    """connect(2) to AF_UNSPEC, which Python has no way to say."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.connect(sock.fileno(), bytes(16), 16) == 0, ctypes.get_errno()
