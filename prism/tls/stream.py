@@ -100,7 +100,7 @@ class TlsStream(PlainStream):
         self._done = 0  # its records that were committed
         self._raw = 0  # octets of its input that are not taken as read
         self._part = b""  # the first of these, if the kernel had no room for more
-        self._vain = False  # there was nothing new behind the mark already
+        self._vain = 0  # looks for more that found nothing new
         self._out = b""  # sealed, not yet taken by the socket
         self._out_plain = 0  # octets of plaintext in it that the caller was not told of
 
@@ -164,13 +164,15 @@ class TlsStream(PlainStream):
             if data:
                 if opened.closed and self._base + len(data) == len(opened.data):
                     self._end_of_tls()  # now, since nobody should wait for more
-                if self._raw >= _PULL and self._base + len(data) == len(opened.data):
+                whole = self._base + len(data) == len(opened.data)
+                if whole and (self._raw >= _PULL or self._cramped):
                     self._pull(opened)
-                    return data
                 return data
             if opened.error is not None:
                 self._fail(opened.error)
             if opened.closed:
+                # Not left unread: closing would reset the connection.
+                self._commit(opened, opened.records)
                 self._end_of_tls()
                 return b""
             if not opened.records - self._done:
@@ -182,6 +184,9 @@ class TlsStream(PlainStream):
         """Look at the queue again; what was decrypted before is kept if nothing has come."""
         if self._broken:
             raise TlsBroken("the connection was given up")
+        if self.tls.read_closed:  # taken as read, maybe together with the data in front of it
+            self._end_of_tls()
+            return None
         raw = self._received()
         if not raw:
             return None
@@ -207,15 +212,17 @@ class TlsStream(PlainStream):
         if not fresh:
             self._end_of_tcp()
         elif len(fresh) < self._lowat and self._lowat > 1:
-            # Below the mark, the kernel wakes for a FIN, and when it has no room for more. The
-            # first look in vain may have come without having been woken.
+            # Below the mark, the kernel wakes for a FIN, and when it has no room for more.
             if self._fin_received():
                 self._end_of_tcp()
-            elif self._vain:
-                self._part = part + self.sock.recv(len(fresh))
-                return self._part
-            self._vain = True
+            else:
+                self._vain += 1
         return part + fresh if part else fresh
+
+    @property
+    def _cramped(self) -> bool:
+        """The kernel has no room for more; one look in vain may be due to something else."""
+        return self._vain > 1
 
     def _end_of_tls(self) -> None:
         self._eof = True
@@ -230,6 +237,8 @@ class TlsStream(PlainStream):
         """A record is incomplete: wake only when more of it is there."""
         if self._eof:
             return
+        if self._cramped:
+            self._part += self.sock.recv(self._raw - len(self._part))
         self._set_lowat(self._raw - len(self._part) + 1)
         raise BlockingIOError("an incomplete record")
 
@@ -312,7 +321,12 @@ class TlsStream(PlainStream):
         if mark != self._lowat:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, mark)
             self._lowat = mark
-            self._vain = False
+            self._vain = 0
+
+    def reset_lowat(self) -> None:
+        """Undoes :meth:`await_more`."""
+        self._vain = 0
+        super().reset_lowat()
 
     # -- writing ---------------------------------------------------------------------------
 

@@ -91,9 +91,10 @@ class TlsSocket:
         return data
 
     def shutdown(self, how: int) -> None:
-        """Ends our direction of TLS, not of TCP."""
+        """Ends our direction, of TLS and of TCP."""
         assert how == socket.SHUT_WR
-        self.raw.sendall(self.peer.shutdown())
+        self.raw.send(self.peer.shutdown(), socket.MSG_MORE)  # one segment: no answer in between
+        self.raw.shutdown(how)
 
     def close(self) -> None:
         """In order: our close_notify, the server's, and only then the socket.
@@ -104,8 +105,7 @@ class TlsSocket:
             return
         with contextlib.suppress(OSError, Failed):
             if not self._ended and self.raw.gettimeout() != 0:
-                self.raw.sendall(self.peer.shutdown())
-                self.raw.shutdown(socket.SHUT_WR)
+                self.shutdown(socket.SHUT_WR)
                 self.raw.settimeout(2)
                 while self.raw.recv(_PIECE):
                     pass

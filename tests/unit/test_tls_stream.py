@@ -323,6 +323,28 @@ async def test_a_close_notify_behind_data_is_the_end(make_bed: Any) -> None:
     assert not bed.stream.truncated
 
 
+async def test_no_reset_after_a_close_notify(make_bed: Any) -> None:
+    """The client ends the connection properly, so it is told goodbye properly."""
+    bed = make_bed()
+    bed.client.sendall(bed.tls.close_notify())
+    bed.client.shutdown(socket.SHUT_WR)
+    assert await bed.peek(1) == b""
+    bed.stream.close()
+    assert await bed.heard(1) == b""
+    assert bed.tls.read_closed
+    assert bed.client.recv(1) == b""
+
+
+async def test_a_close_notify_taken_together_with_data(make_bed: Any) -> None:
+    bed = make_bed()
+    bed.client.sendall(bed.tls.seal(b"all") + bed.tls.close_notify())
+    assert await bed.read(3) == b"all"
+    bed.move()
+    assert bed.stream.peek() == b""
+    assert bed.stream.eof
+    assert not bed.stream.truncated
+
+
 async def test_the_end_without_close_notify_behind_data(make_bed: Any) -> None:
     bed = make_bed()
     bed.say(b"GET / HT")
