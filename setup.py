@@ -13,6 +13,7 @@ from setuptools.command.build_ext import build_ext
 
 EXT = Path("prism/_ext")
 BPF_SOURCE = EXT / "bpf/prism_switch.bpf.c"
+KMOD_FILES = ("Kbuild", "Makefile", "dkms.conf", "prism_monitor.c", "prism_monitor.h")
 C_FLAGS = ["-O2", "-std=gnu11", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden"]
 SANITIZE = os.environ.get("PRISM_SANITIZE", "")  # for example "address,undefined"
 
@@ -66,13 +67,17 @@ def compile_bpf(source: Path, target: Path) -> None:
 
 
 class BuildExt(build_ext):
-    """Builds the eBPF object beside the C extensions."""
+    """Builds the eBPF object beside the C extensions, and adds the kernel module's sources."""
 
     def run(self) -> None:
-        """Build the C extensions, then the eBPF object."""
+        """Build the C extensions, then the eBPF object; ``prism-proxy kmod`` builds the module."""
         super().run()
         root = Path() if self.inplace or self.editable_mode else Path(self.build_lib)
         compile_bpf(BPF_SOURCE, root / BPF_SOURCE.with_suffix(".o"))
+        if root != Path():  # a checkout has the module's sources anyway
+            (root / "prism/_kmod").mkdir(parents=True, exist_ok=True)
+            for name in KMOD_FILES:
+                shutil.copy(Path("kmod") / name, root / "prism/_kmod")
 
 
 setup(

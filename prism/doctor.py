@@ -6,6 +6,7 @@ network namespace, loads the classifier, makes a TUN device. The machine is left
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
 import os
@@ -20,6 +21,8 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
+
+from prism.flow import Endpoint
 
 __all__ = ["CHECKS", "Check", "Finding", "Missing", "examine"]
 
@@ -271,6 +274,32 @@ def _modules() -> str:
     return "can be loaded"
 
 
+def _monitor_module() -> str:
+    from prism.monitor.kmod import DEVICE, KmodMonitor  # noqa: PLC0415
+
+    if not DEVICE.exists():
+        raise Missing(f"{DEVICE} is not there")
+
+    async def watch() -> bool:
+        gone = asyncio.Event()
+        monitor = KmodMonitor()
+        await monitor.start()
+        with _connection() as (client, server):
+            local, peer = map(Endpoint.from_sockaddr, (server.getsockname(), server.getpeername()))
+            monitor.watch(server.fileno(), local, peer, lambda _: gone.set())
+            client.close()
+        try:
+            await asyncio.wait_for(gone.wait(), _PATIENCE)
+        except TimeoutError:
+            raise Missing("it did not tell of a connection's end") from None
+        finally:
+            await monitor.close()
+        return monitor.info.sees_time_wait
+
+    sees = asyncio.run(watch())
+    return "told of a connection's end" + ("" if sees else "; does not see that of TIME_WAIT")
+
+
 def _descriptors() -> str:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < _DESCRIPTORS:
@@ -407,6 +436,14 @@ CHECKS: Final[tuple[Check, ...]] = (
         "backend",
         "files are copied and sealed in the process instead of sendfile, where TLS is used",
         "modprobe tls, on a kernel with CONFIG_TLS and the ciphers (gcm, chacha20poly1305)",
+        required=False,
+    ),
+    Check(
+        "monitor module",
+        _monitor_module,
+        "backend",
+        "rules of connections that a backend closed first stay for a minute",
+        "prism-proxy kmod install (docs/kernel.md)",
         required=False,
     ),
     Check(
