@@ -50,8 +50,8 @@ def test_hold_against_drop(make_bed: Callable[..., Bed]) -> None:
     """Held: no stall worth the name at the median. Dropped: the client's time-out, about 200 ms."""
     priority = os.getpriority(os.PRIO_PROCESS, 0)
     try:
-        dropped, _ = _stalls(make_bed(backends=2, lock="drop"), "dropped_packets", 15, 600)
-        held, others = _stalls(make_bed(backends=2, lock="hold"), "held_packets", 60, 900)
+        dropped, _ = _stalls(make_bed(backends=2, lock="drop"), "dropped_packets", 10, 400)
+        held, others = _stalls(make_bed(backends=2, lock="hold"), "held_packets", 40, 600)
     finally:
         os.setpriority(os.PRIO_PROCESS, 0, priority)
     for name, times in (("held", held), ("not held", others), ("dropped", dropped)):
