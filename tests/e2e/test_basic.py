@@ -58,7 +58,8 @@ def test_two_thousand_requests_are_answered_by_their_owners(shared: Bed) -> None
     resent = [sum(getattr(t, way).resent for t in talks.values()) for way in ("out", "back")]
     print(f"sent again: {resent[0]} segments of the client's, {resent[1]} of the servers'")
     # Two CPUs let packets of one connection overtake each other, so the servers repeat a few.
-    assert resent[0] <= 5
+    # With 50 handshakes at once, clients wait for the first answer long enough to ask again.
+    assert resent[0] <= 5 + len(talks) * shared.cluster.options.tls
     assert resent[1] < sum(talk.back.packets for talk in talks.values()) / 100
 
 
