@@ -33,6 +33,7 @@ from prism.telemetry.logging import event, tracing
 from prism.telemetry.metrics import Metrics
 from prism.telemetry.status import StatusServer
 from prism.tls.identity import Identity
+from prism.tls.stream import TlsStream
 
 __all__ = ["Node", "Refusal"]
 
@@ -250,6 +251,15 @@ class Node:
         """Forget a connection."""
         if self.connections.get(connection.key) is connection:
             del self.connections[connection.key]
+        stream = connection.stream
+        alert = stream.alert if isinstance(stream, TlsStream) else None
+        if alert is not None:
+            self.metrics.tls_alerts.add(alert)
+        elif connection.cut:
+            self.metrics.bodies_cut += 1
+            ended = isinstance(stream, TlsStream) and stream.truncated
+            how = ", and without a close_notify" if ended else ""
+            log.info("%s: the connection ended inside a request body%s", connection.flow, how)
 
     def alive(self, flow: bytes, gen: int) -> bool:
         """Whether this node has the connection of a flow (the agent asks)."""
@@ -271,6 +281,7 @@ class Node:
     def handed_over(self, handoff: Outgoing) -> None:
         """Another node has the connection."""
         self.metrics.handoffs_out += 1
+        self.peers.answered(handoff.target)
 
     def taken_back(self, handoff: Outgoing) -> None:
         """A handoff went unanswered, and was taken back."""

@@ -12,7 +12,9 @@ from prism.placement import Node, Placement, placement_from
 
 __all__ = ["Peers"]
 
-PAUSE = 1.0  # seconds for which a worker that did not answer gets no further offers
+# Seconds for which a worker that did not answer gets no further offers: at the first time, when it
+# may just be busy, and at most; doubled each time until it answers again.
+FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0
 
 
 class Peers:
@@ -23,7 +25,7 @@ class Peers:
         self.own_node = own_node
         self._channel = channel
         self._links: dict[str, Link] = {}
-        self._paused: dict[str, float] = {}
+        self._paused: dict[str, tuple[float, float]] = {}  # until when, and for how long
 
     def connect(self) -> None:
         """Begin to keep the links up."""
@@ -44,19 +46,28 @@ class Peers:
         link = self._links.get(name)
         if link is None or not link.connected:
             return name, None
-        if self._paused and (until := self._paused.get(name)) is not None:
-            if monotonic() < until:
-                return name, None
-            del self._paused[name]
+        if self._paused and self._is_paused(name):
+            return name, None
         return name, link
 
     def pause(self, name: str) -> None:
-        """A worker did not answer: make no offers to it for a second."""
-        self._paused[name] = monotonic() + PAUSE
+        """A worker did not answer: make no offers to it for a while."""
+        now = monotonic()
+        until, length = self._paused.get(name, (0.0, FIRST_PAUSE / 2))
+        if now >= until:
+            length = min(length * 2, LONGEST_PAUSE)
+            self._paused[name] = (now + length, length)
+
+    def answered(self, name: str) -> None:
+        """A worker has answered: its next failure is a first one."""
+        if self._paused:
+            self._paused.pop(name, None)
+
+    def _is_paused(self, name: str) -> bool:
+        return name in self._paused and monotonic() < self._paused[name][0]
 
     def status(self) -> dict[str, bool]:
         """Which workers can be offered connections now."""
         return {
-            name: link.connected and monotonic() >= self._paused.get(name, 0.0)
-            for name, link in self._links.items()
+            name: link.connected and not self._is_paused(name) for name, link in self._links.items()
         }
