@@ -20,7 +20,7 @@ from time import monotonic, monotonic_ns
 from typing import Any, Protocol
 
 from prism.flow import Endpoint, Flow
-from prism.http.body import ClientGone
+from prism.http.body import ClientGone, IncompleteBody
 from prism.http.exchange import App, Exchange, Rest, error_response
 from prism.http.head import HttpError, Limits, RequestHead, parse_head
 from prism.http.stream import Stream, has_unread, linger_close
@@ -75,6 +75,7 @@ class Connection:
         place: the node the current request belongs to, where that is another one.
         gen: generation of its rule; 0 while there is none.
         hops: owners the current request has passed without being answered.
+        cut: the client ended the connection inside a request body.
         asked_ns: CLOCK_MONOTONIC when the current request's head was complete, nanoseconds.
     """
 
@@ -84,6 +85,7 @@ class Connection:
         "_task",
         "_turns",
         "asked_ns",
+        "cut",
         "dispatcher",
         "flow",
         "gen",
@@ -122,6 +124,7 @@ class Connection:
         self.state = State.IDLE
         self.head: RequestHead | None = None
         self.requests = 0
+        self.cut = False
         self.asked_ns = 0
         self._task: asyncio.Task[None] | None = None
         self._turns = 0
@@ -232,6 +235,7 @@ class Connection:
         except HttpError as error:
             rest = self._failed(exchange, error)
         except (OSError, ClientGone, ValueError) as error:
+            self.cut = isinstance(error, IncompleteBody)
             log.debug("%s: %s", self.flow, error)
             self.close(abort=True)
             return
@@ -315,6 +319,7 @@ class Connection:
             self.close(abort=True)
         elif (error := task.exception()) is not None:
             if isinstance(error, OSError | ClientGone | HttpError):
+                self.cut = isinstance(error, IncompleteBody)
                 log.debug("%s: %s", self.flow, error)
             else:
                 log.error("a request of %s failed", self.flow.client, exc_info=error)

@@ -99,6 +99,7 @@ _COUNTERS = {
     "renewals": "Connections moved to another socket here, to go on without kernel TLS",
     "bytes_in": "Octets of request bodies received",
     "bytes_out": "Octets of responses sent",
+    "bodies_cut": "Requests whose client ended the connection inside their body",
     "heads_timed_out": "Connections closed because a request's head did not come in time",
     "connections_refused": "Connections closed at once because there were too many",
 }
@@ -107,6 +108,7 @@ _LABELLED = {
     "relays": (("reason",), "Requests relayed instead of handed over"),
     "requests": (("method", "status"), "Requests answered"),
     "bad_requests": (("status",), "Requests refused as malformed or too large"),
+    "tls_alerts": (("alert",), "TLS connections given up for what the client sent"),
     "control_errors": (("operation", "status"), "Switch operations that did not succeed"),
 }
 _GAUGES = {
@@ -120,8 +122,9 @@ class Metrics(Collector):
 
     Attributes:
         accepted, handoffs_out, handoffs_in, take_backs, renewals, bytes_in, bytes_out,
-            heads_timed_out, connections_refused: counters; add to them.
-        refusals, relays, requests, bad_requests, control_errors: :class:`LabelledCounter`.
+            bodies_cut, heads_timed_out, connections_refused: counters; add to them.
+        refusals, relays, requests, bad_requests, tls_alerts, control_errors:
+            :class:`LabelledCounter`.
         connections, handoffs_pending: gauges; set, or add and subtract.
         handoff_time: from the decision to the new owner's answer.
     """
@@ -135,12 +138,14 @@ class Metrics(Collector):
     renewals: int
     bytes_in: int
     bytes_out: int
+    bodies_cut: int
     heads_timed_out: int
     connections_refused: int
     refusals: LabelledCounter
     relays: LabelledCounter
     requests: LabelledCounter
     bad_requests: LabelledCounter
+    tls_alerts: LabelledCounter
     control_errors: LabelledCounter
     connections: int
     handoffs_pending: int

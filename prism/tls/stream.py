@@ -60,6 +60,7 @@ class TlsStream(PlainStream):
     Attributes:
         facts: as given; :func:`prism.tls.peer.unpack_peer` reads them.
         tls: the record layer.
+        alert: what was sent to the client because its records were bad.
         truncated: the client ended the TCP connection without a close_notify.
     """
 
@@ -74,6 +75,7 @@ class TlsStream(PlainStream):
         "_raw",
         "_skip",
         "_vain",
+        "alert",
         "facts",
         "tls",
         "truncated",
@@ -92,6 +94,7 @@ class TlsStream(PlainStream):
         super().__init__(sock, flow, pending)
         self.tls = tls
         self.facts = facts
+        self.alert: int | None = None
         self.truncated = False
         self._skip = skip
         self._broken = False
@@ -246,6 +249,7 @@ class TlsStream(PlainStream):
         """Tell the client what is wrong with its records, and give the connection up."""
         self._broken = True
         self._opened = None
+        self.alert = error.alert
         log.info("%s: %s", self._flow, error)
         try:
             if not self._out:
