@@ -15,6 +15,7 @@ __all__ = ["Listener"]
 log = logging.getLogger(__name__)
 
 ACCEPTS = 64  # connections accepted in one go before the loop does something else
+DEFER = 5  # seconds that the kernel keeps a client that says nothing to itself
 PAUSE = 0.1  # seconds without accepting, when the process has no descriptors left
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -22,7 +23,9 @@ _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 class Listener:
     """Accepts connections on one endpoint and gives each to a callback.
 
-    The address is shared with other processes by SO_REUSEPORT (socket(7)).
+    The address is shared with other processes by SO_REUSEPORT (socket(7)). A connection is
+    accepted when its first octets have come, which spares a wake-up and a look in vain for each
+    (TCP_DEFER_ACCEPT, tcp(7)); one without any is accepted after some seconds all the same.
 
     Args:
         endpoint: where to listen.
@@ -91,6 +94,7 @@ def _bind(endpoint: Endpoint, backlog: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if endpoint.family == socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, DEFER)
         listener.bind((endpoint.host, endpoint.port))
         listener.listen(backlog)
     except OSError as error:
