@@ -14,7 +14,7 @@ from tcp_bed import ADDRESSES, Bed, MakeNamespace, bed, connect, listen
 from tls_pairs import pair
 
 from prism._ext import tcp_repair
-from prism._ext.tls_record import RX, Tls
+from prism._ext.tls_record import RX, TX, Tls
 from prism.doctor import CHECKS, examine
 from prism.flow import Flow
 from prism.tls.kernel import SOL_TLS, TCP_ULP, TLS_TX, probe
@@ -84,27 +84,34 @@ class Client:
         self.sock.close()
 
 
-def open_pair(lab: Bed, suite: int) -> tuple[Client, KernelTlsStream]:
+def open_pair(lab: Bed, suite: int, rcvbuf: int = 65536) -> tuple[Client, KernelTlsStream]:
     """A client, and the stream at the first server."""
     with listen(lab.servers[0], ADDRESSES[4]) as listener:
-        sock = connect(lab.client, ADDRESSES[4], rcvbuf=65536)
+        sock = connect(lab.client, ADDRESSES[4], rcvbuf=rcvbuf)
         server, _ = listener.accept()
     tls, other = pair(suite)
     return Client(sock, other), KernelTlsStream(server, tls, Flow.of_socket(server))
 
 
-def move(lab: Bed, stream: KernelTlsStream, to: int) -> tuple[KernelTlsStream, dict[str, object]]:
-    """What a handoff does, all of it; the stream there, and what was carried."""
+async def move(
+    lab: Bed, stream: KernelTlsStream, to: int, last: bytes = b""
+) -> tuple[KernelTlsStream, dict[str, object]]:
+    """What a handoff does, all of it; the stream there, and what was carried.
+
+    ``last`` is sent when the client's acknowledgements do not come through any more.
+    """
     port = stream.sock.getsockname()[1]
+    await asyncio.to_thread(lab.lock)  # pyroute2 has an event loop of its own
+    if last:
+        assert stream.send(last) == len(last)
     assert stream.movable
-    lab.lock()
     state = tcp_repair.export_state(stream.fileno())
     secrets, pending, flow = stream.export_tls(), stream.pending, stream.flow
     imported = lab.servers[to].run_inside(
         lambda: tcp_repair.import_state(state, ADDRESSES[4], port, alternatives=0)
     )
     tcp_repair.close_quietly(stream.release())
-    lab.point_at(to)
+    await asyncio.to_thread(lab.point_at, to)
     sock = socket.socket(fileno=lab.servers[to].run_inside(imported.activate))
     tls, skip, facts = TlsStream.parse_tls(secrets)
     there = KernelTlsStream(sock, tls, flow, pending, skip=skip, facts=facts)
@@ -143,7 +150,8 @@ class Server:
 
 def kernel_seq(stream: TlsStream) -> int:
     """The sequence number that the kernel would seal the next record with."""
-    return int.from_bytes(stream.sock.getsockopt(SOL_TLS, TLS_TX, 64)[-8:])
+    size = len(stream.tls.crypto_info(TX))
+    return int.from_bytes(stream.sock.getsockopt(SOL_TLS, TLS_TX, size)[-8:])
 
 
 def test_the_kernel_can(capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,34 +166,37 @@ def test_the_kernel_can(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("suite", SUITES, ids=hex)
 async def test_moving_while_data_flows_both_ways(lab: Bed, file: Path, suite: int) -> None:
     client, stream = open_pair(lab, suite)
-    content = file.read_bytes()
+    content, wanted = file.read_bytes(), b""
     client.start(content[::-1])
     carried = {"send_queue": 0, "receive_queue": 0}
     with file.open("rb") as source:
         server = Server(source.fileno())
         for turn in range(MOVES + 1):
-            end = (turn + 1) * PIECE
+            start, end = turn * PIECE, (turn + 1) * PIECE
             before = stream.tls.write_seq
             # The first record of each owner is made in the process, the others in the kernel.
             assert not stream.in_kernel
-            while server.sent == turn * PIECE:
+            while server.sent == start:
                 server.send(stream, 1000)
                 await asyncio.sleep(0)
             await server.run(stream, end, end - PIECE // 2 if turn < MOVES else end)
             assert stream.in_kernel
             records = 1 + -(-(PIECE - 1000) // 16384)
             assert stream.tls.write_seq == kernel_seq(stream) >= before + records
+            wanted += content[start:end]
             if turn < MOVES:
-                sequence = stream.tls.write_seq
-                stream, told = move(lab, stream, (turn + 1) % 2)
-                assert stream.tls.write_seq == sequence
+                last = b"%d" % turn * 30_000
+                wanted += last
+                records = stream.tls.write_seq + 2
+                stream, told = await move(lab, stream, (turn + 1) % 2, last)
+                assert stream.tls.write_seq == records
                 for queue in carried:
                     carried[queue] += int(str(told[queue]))
     assert stream.movable  # takes the sequence number over
     written = stream.tls.write_seq
     stream.close()
     client.finish()
-    assert hashlib.sha256(client.heard).digest() == hashlib.sha256(content).digest()
+    assert hashlib.sha256(client.heard).digest() == hashlib.sha256(wanted).digest()
     assert hashlib.sha256(server.got).digest() == hashlib.sha256(content[::-1]).digest()
     assert client.alert == 0
     assert client.tls.read_seq == written + 1  # and the close_notify
@@ -193,9 +204,9 @@ async def test_moving_while_data_flows_both_ways(lab: Bed, file: Path, suite: in
     assert carried["receive_queue"] > 0, carried
 
 
-async def in_kernel(lab: Bed, file: Path, suite: int = 0x1301) -> tuple[Client, KernelTlsStream]:
+async def in_kernel(lab: Bed, file: Path, rcvbuf: int = 1 << 18) -> tuple[Client, KernelTlsStream]:
     """A stream that has gone over to the kernel."""
-    client, stream = open_pair(lab, suite)
+    client, stream = open_pair(lab, 0x1301, rcvbuf)
     with file.open("rb") as source:
         assert stream.send_file(source.fileno(), 0, KERNEL_FROM) > 0
     assert stream.in_kernel
@@ -203,26 +214,36 @@ async def in_kernel(lab: Bed, file: Path, suite: int = 0x1301) -> tuple[Client, 
 
 
 async def test_what_the_kernel_keeps_back_keeps_the_connection(lab: Bed, file: Path) -> None:
-    client, stream = await in_kernel(lab, file)
-    await wait_movable(stream, client, KERNEL_FROM)
-    assert stream.send(b"open", more=True) == 4
-    assert not stream.movable  # half a record
-    assert stream.send(b" and shut") == 9
-    assert stream.movable
-    sent = KERNEL_FROM + 13
+    # A small window makes for small segments, and one of them is the first that does not fit.
+    client, stream = open_pair(lab, 0x1301, rcvbuf=8192)
+    with file.open("rb") as source:
+        sent = stream.send_file(source.fileno(), 0, KERNEL_FROM)
     with file.open("rb") as source, pytest.raises(BlockingIOError):
         while True:  # nobody reads
             sent += stream.send_file(source.fileno(), 0, PIECE)
     held = not stream.movable
     client.start()
-    await wait_movable(stream, client, sent)
+    await wait_movable(stream)
     stream.close()
     client.finish()
     assert len(client.heard) == sent
     assert held
 
 
-async def wait_movable(stream: KernelTlsStream, client: Client, sent: int) -> None:
+async def test_an_open_record_keeps_the_connection(lab: Bed, file: Path) -> None:
+    client, stream = await in_kernel(lab, file)
+    await wait_movable(stream)
+    assert stream.send(b"open", more=True) == 4
+    assert not stream.movable
+    assert stream.send(b" and shut") == 9
+    assert stream.movable
+    client.start()
+    stream.close()
+    client.finish()
+    assert bytes(client.heard[-13:]) == b"open and shut"
+
+
+async def wait_movable(stream: KernelTlsStream) -> None:
     async with asyncio.timeout(PATIENCE):
         while not stream.movable:
             await asyncio.sleep(0.01)
@@ -232,7 +253,7 @@ async def test_a_frozen_connection_goes_on_in_the_kernel(lab: Bed, file: Path) -
     """As after a handoff that was taken back."""
     client, stream = await in_kernel(lab, file)
     client.start()
-    await wait_movable(stream, client, KERNEL_FROM)
+    await wait_movable(stream)
     tcp_repair.export_state(stream.fileno())
     before = stream.export_tls()
     tcp_repair.resume(stream.fileno())
@@ -256,7 +277,7 @@ async def test_a_key_update_has_it_move(lab: Bed, file: Path) -> None:
     client.sock.sendall(client.tls.seal(b"GET"))
     assert await heard(stream, 3) == b"GET"
     assert stream.must_move(False)
-    stream, _ = move(lab, stream, 1)
+    stream, _ = await move(lab, stream, 1)
     assert not stream.must_move(False)
     assert await heard(stream, 3) == b"GET"
     stream.consume(3)
@@ -282,8 +303,8 @@ async def test_a_key_update_between_requests(lab: Bed, file: Path) -> None:
     assert stream.must_move(False)
     with pytest.raises(TlsBroken):
         stream.send(b"not before it is answered")
-    await wait_movable(stream, client, KERNEL_FROM)
-    stream, _ = move(lab, stream, 1)
+    await wait_movable(stream)
+    stream, _ = await move(lab, stream, 1)
     assert stream.send(b"now") == 3
     stream.close()
     client.finish()

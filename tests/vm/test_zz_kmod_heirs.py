@@ -7,8 +7,15 @@ import socket
 import subprocess
 
 import pytest
-from kmod_device import Device, settled_references, unload_module
+from kmod_device import Device, load_module, settled_references, unload_module
 from monitor_conformance import pair, reset
+
+
+def test_nothing_of_all_tests_before_is_left(module):
+    """Sockets in whatever state, of whatever process, went with their namespaces."""
+    assert settled_references(seconds=60.0) == 0
+    unload_module()
+    load_module()
 
 
 def test_a_registered_socket_that_becomes_a_listener(module, make_namespace):

@@ -1,0 +1,212 @@
+"""A cluster whose backends must have the kernel seal: curl, s_client and our own client on it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import pytest
+from e2e_bed import Bed
+from e2e_tls import SUITES, TlsConn, tls_bed, tls_client
+from openssl_peer import KEY_UPDATE_REQUESTED, TLS1_3
+from tcp_bed import Sniffer
+
+LARGE, UPLOAD, MEDIUM = 16 << 20, 4 << 20, 300_000
+SLOW = {  # the emulated machine is some twenty times slower than a real one
+    "cluster.lease": 30.0,
+    "frontend.handoff_deadline_ms": 5000.0,
+    "backend.handoff_deadline_ms": 5000.0,
+}
+
+
+@pytest.fixture(scope="module")
+def lab(_guest: None) -> Iterator[Bed]:
+    with tls_bed(backends=2, frontends=1, settings={"tls.offload": "kernel", **SLOW}) as found:
+        yield found
+        assert found.no_unexpected_errors() == []
+
+
+@pytest.fixture(scope="module")
+def medium(lab: Bed) -> dict[str, tuple[str, str]]:
+    """For each backend an object of its: path and hash."""
+    found = {}
+    for node in ("be1", "be2"):
+        path = lab.key(node, "medium")
+        found[node] = path, put(lab, path, MEDIUM)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _no_reset(lab: Bed) -> Iterator[None]:
+    sniffer = Sniffer(lab.cluster.topology.namespace("client"))
+    yield
+    segments = sniffer.segments()
+    sniffer.close()
+    assert segments
+    assert not [flags for flags, _, _ in segments if flags & Sniffer.RST]
+
+
+def put(lab: Bed, path: str, size: int) -> str:
+    """Store an object, without TLS; its hash."""
+    data = hashlib.shake_128(path.encode()).digest(size)
+    answer = lab.plain.once("PUT", path, data)  # type: ignore[attr-defined]
+    assert answer.status in (200, 201, 204), answer
+    return hashlib.sha256(data).hexdigest()
+
+
+def kernel_sessions(lab: Bed, node: str) -> int:
+    """Connections that the kernel has begun to seal for in a node's network namespace."""
+    text = lab.cluster.exec(node, ["cat", "/proc/net/tls_stat"], capture_output=True, text=True)
+    counts = dict(line.split() for line in text.stdout.splitlines())
+    assert int(counts["TlsRxSw"]) == 0
+    return int(counts["TlsTxSw"])
+
+
+def test_curl_downloads_and_uploads_on_one_connection(lab: Bed, tmp_path: Path) -> None:
+    """Sixteen megabytes down, four up, and so on; the owner changes three times in between."""
+    first, second = lab.key("be1", "large"), lab.key("be1", "other")
+    up = lab.key("be2", "up")
+    wanted = [put(lab, first, LARGE), put(lab, second, LARGE)]
+    upload = tmp_path / "upload"
+    upload.write_bytes(hashlib.shake_128(b"upload").digest(UPLOAD))
+    wanted.append(hashlib.sha256(upload.read_bytes()).hexdigest())
+    before = [kernel_sessions(lab, node) for node in ("be1", "be2")]
+    handoffs = lab.total("handoffs_in")
+    common = ["--silent", "--show-error", "--fail", "--cacert", str(lab.cluster.ca_file)]
+    common += ["--max-time", "120", "--write-out", "%{num_connects} %{http_code}\n"]
+    url = lab.cluster.url
+    requests = [
+        [f"{url}{first}", "--output", str(tmp_path / "0")],
+        [f"{url}{up}", "--upload-file", str(upload), "--output", str(tmp_path / "answer")],
+        [f"{url}{second}", "--output", str(tmp_path / "1")],
+        [f"{url}{up}", "--output", str(tmp_path / "2")],
+    ]
+    command = ["curl"]
+    for request in requests:
+        command += [*(["--next"] if len(command) > 1 else []), *common, *request]
+    began = time.monotonic()
+    done = lab.cluster.exec("client", command, capture_output=True, text=True)
+    print(f"two downloads of 16 MiB, 4 MiB up and down: {time.monotonic() - began:.1f} s")
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [connects for connects, _ in lines] == ["1", "0", "0", "0"]
+    assert all(status.startswith("2") for _, status in lines)
+    got = [hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in "012"]
+    assert got == wanted
+    assert lab.total("handoffs_in") == handoffs + 4
+    after = [kernel_sessions(lab, node) for node in ("be1", "be2")]
+    assert [now - then for now, then in zip(after, before, strict=True)] == [2, 1]
+    assert lab.total("relays") == 0
+
+
+def test_s_client_asks_for_a_key_update(lab: Bed, medium: dict[str, tuple[str, str]]) -> None:
+    path, wanted = medium["be1"]
+    service = lab.cluster.topology.services(443)[0]
+    command = ["openssl", "s_client", "-connect", str(service), "-tls1_3", "-quiet"]
+    command += ["-CAfile", str(lab.cluster.ca_file), "-verify_return_error"]
+    renewals = lab.counters("be1")["renewals"]
+    process = lab.cluster.popen(
+        "client",
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        bufsize=0,
+    )
+    try:
+        for turn in range(3):
+            last = "Connection: close\r\n" if turn == 2 else ""
+            process.stdin.write(f"GET {path} HTTP/1.1\r\nHost: a\r\n{last}\r\n".encode())
+            assert digest_of_answer(process.stdout) == wanted
+            assert lab.counters("be1")["renewals"] == renewals + turn
+            if turn < 2:
+                process.stdin.write(b"K\n")  # on its own: a KeyUpdate, with a request for ours
+                time.sleep(0.5)
+        assert process.stdout.read() == b""
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def digest_of_answer(stream: IO[bytes]) -> str:
+    """Reads one response; its body's hash."""
+    head = b""
+    while not head.endswith(b"\r\n\r\n"):
+        octet = stream.read(1)
+        assert octet, head
+        head += octet
+    assert head.startswith(b"HTTP/1.1 200"), head
+    length = next(
+        int(line.partition(b":")[2])
+        for line in head.lower().split(b"\r\n")
+        if line.startswith(b"content-length:")
+    )
+    body = hashlib.sha256()
+    while length:
+        piece = stream.read(length)
+        assert piece
+        body.update(piece)
+        length -= len(piece)
+    return body.hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("version", "suite"), [(version, suite) for version in SUITES for suite in SUITES[version]]
+)
+def test_every_suite(
+    lab: Bed, medium: dict[str, tuple[str, str]], version: int, suite: str
+) -> None:
+    """Downloads at both backends, with a KeyUpdate in between, and an upload where we are."""
+    renewals = lab.total("renewals")
+    before = kernel_sessions(lab, "be1") + kernel_sessions(lab, "be2")
+    conn = tls_client(lab, version, suite).connect()
+    for node in ("be1", "be1", "be2", "be1"):
+        path, wanted = medium[node]
+        answer = conn.request("GET", path)
+        assert (answer.status, answer.sha256) == (200, wanted)
+        assert answer.node == f"{node}/0"
+    after = kernel_sessions(lab, "be1") + kernel_sessions(lab, "be2")
+    assert after == before + 3
+    assert lab.total("renewals") == renewals
+    if version == TLS1_3:
+        conn.sock.key_update(KEY_UPDATE_REQUESTED)
+    path, wanted = medium["be1"]
+    answer = conn.request("GET", path)
+    assert (answer.status, answer.sha256) == (200, wanted)
+    assert lab.total("renewals") == renewals + (version == TLS1_3)
+    upload_with_key_update(lab, conn, version)
+    conn.close()
+
+
+def upload_with_key_update(lab: Bed, conn: TlsConn, version: int) -> None:
+    """To the backend that has just sent a file on this connection, and back."""
+    path = lab.key("be1", "uploaded")
+    data = hashlib.shake_128(str(time.monotonic()).encode()).digest(MEDIUM)
+    renewals = lab.counters("be1")["renewals"]
+    request = conn.start("PUT", path, data)
+    conn.send(request[: MEDIUM // 2])
+    if version == TLS1_3:
+        time.sleep(0.2)
+        conn.sock.key_update(KEY_UPDATE_REQUESTED)
+    conn.send(request[MEDIUM // 2 :])
+    assert conn.response("PUT").status in (200, 201, 204)
+    assert lab.counters("be1")["renewals"] == renewals + (version == TLS1_3)
+    answer = conn.request("GET", path)
+    assert (answer.status, answer.sha256) == (200, hashlib.sha256(data).hexdigest())
+    assert answer.node == "be1/0"
+
+
+def test_the_backends_say_who_seals(lab: Bed) -> None:
+    for node in ("be1", "be2"):
+        lines = [json.loads(line) for line in lab.cluster.node(node).log.read_text().splitlines()]
+        said = [line for line in lines if "seals TLS records with" in str(line)]
+        assert len(said) == 1
+        assert "CHACHA20-POLY1305" in str(said[0])
+    # Nothing goes over the wire here, and _no_reset wants to see something.
+    assert lab.client.once("GET", lab.key("be1", "medium")).status == 200
