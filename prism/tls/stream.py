@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 _RAW_EXTRA: Final = 17 * 1024  # so that a whole record fits behind PEEK_LIMIT octets of plaintext
 _PULL: Final = 32 * 1024  # octets of records in the queue from which on they are taken out of it
 _PIECE: Final = 256 * 1024  # octets sealed at once
+_DROPS: Final = 16  # pieces of input dropped after a bad record
 _STATE: Final = struct.Struct("!BxHI")  # version, octets of the peer's facts, skip
 _VERSION: Final = 1
 _CLOSE_NOTIFY: Final = 0
@@ -164,6 +165,8 @@ class TlsStream(PlainStream):
             if opened is None:
                 return b""
             data = opened.data[self._base : self._base + limit]
+            if data and self._awaiting and opened.error is not None:
+                self._fail(opened.error)  # what is there was seen, and no more can come
             if data:
                 if opened.closed and self._base + len(data) == len(opened.data):
                     self._end_of_tls()  # now, since nobody should wait for more
@@ -254,6 +257,9 @@ class TlsStream(PlainStream):
         try:
             if not self._out:
                 self._alert(error.alert)
+            # Not left unread: closing would reset the connection, and the alert might be lost.
+            for _ in range(_DROPS):
+                self.sock.recv(_PIECE, socket.MSG_TRUNC)
         except (OSError, TlsError):
             pass  # it was worth a try
         self.tls.wipe()
@@ -318,7 +324,8 @@ class TlsStream(PlainStream):
     def await_more(self, n: int) -> None:
         """Readable only when more records are there than those peeked at."""
         self._awaiting = True
-        if self._raw:
+        hopeless = self._opened is not None and self._opened.error is not None
+        if self._raw and not hopeless:
             self._set_lowat(self._raw - len(self._part) + 1)
 
     def _set_lowat(self, mark: int) -> None:
@@ -417,9 +424,15 @@ class TlsStream(PlainStream):
         self.sock.send(self.tls.alert(description, description != _CLOSE_NOTIFY))
 
     def abort(self) -> None:
-        """Closes with a reset and no close_notify: the client sees that something is missing."""
+        """Closes with a reset and no close_notify: the client sees that something is missing.
+
+        A client that was sent an alert knows, and a reset might take the alert away from it.
+        """
         self._broken = True
-        super().abort()
+        if self.alert is None:
+            super().abort()
+        else:
+            self.close()
 
     def close(self) -> None:
         """Closes with a close_notify; the keys are wiped."""

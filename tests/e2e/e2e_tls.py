@@ -130,11 +130,7 @@ class TlsConn(Conn):
         self.sock.raw.close()
 
     def cut(self) -> None:
-        """The end of the TCP connection without a close_notify."""
-        self.sock.raw.close()
-
-    def cut_half(self) -> None:
-        """The same, but what the server says can still be read."""
+        """The end of the TCP connection without a close_notify; what comes can still be read."""
         self.sock.raw.shutdown(socket.SHUT_WR)
 
     def take_over(self) -> tuple[socket.socket, Tls]:

@@ -323,6 +323,25 @@ async def test_a_close_notify_behind_data_is_the_end(make_bed: Any) -> None:
     assert not bed.stream.truncated
 
 
+@pytest.mark.parametrize("how", ["close", "abort"])
+async def test_a_bad_record_behind_half_a_head(make_bed: Any, how: str) -> None:
+    """Whoever waits for the rest is told; the client gets the alert and an end without a reset."""
+    bed = make_bed()
+    good, bad = bed.tls.seal(b"GET / HTT"), bytearray(bed.tls.seal(b"P/1.1"))
+    bad[-1] ^= 1
+    bed.client.sendall(good + bad + bytes(10_000))
+    await bed.stream.readable(5)
+    assert bed.stream.peek() == b"GET / HTT"
+    bed.stream.await_more(9)
+    await bed.stream.readable(5)
+    with pytest.raises(TlsBroken):
+        bed.stream.peek()
+    assert bed.stream.alert == 20
+    getattr(bed.stream, how)()
+    assert bed.tls.open(bed.client.recv(1000)).alert == 20
+    assert bed.client.recv(1) == b""
+
+
 async def test_no_reset_after_a_close_notify(make_bed: Any) -> None:
     """The client ends the connection properly, so it is told goodbye properly."""
     bed = make_bed()
