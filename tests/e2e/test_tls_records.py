@@ -68,8 +68,7 @@ def test_key_updates_of_s_client(shared: Bed) -> None:
     for path in paths:
         shared.store(path, 5)
     host = shared.client.service.host
-    command = ["openssl", "s_client", "-connect", f"{host}:443", "-quiet", "-no_ign_eof"]
-    command.remove("-quiet")  # with it, commands are not taken
+    command = ["stdbuf", "-o0", "openssl", "s_client", "-connect", f"{host}:443"]
     process = shared.cluster.popen(
         "client", command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -92,7 +91,7 @@ def test_key_updates_of_s_client(shared: Bed) -> None:
             say(bytes([letter]) + b"\n")
             hear(b"KEYUPDATE", turn + 1)
             # Lines of their own: s_client looks for commands at the beginning of what it reads.
-            say(f"GET {paths[turn % 2]} HTTP/1.1\nHost: {host}\n\n".encode())
+            say(f"GET {paths[turn % 2]} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
             hear(b"HTTP/1.1 200", turn + 1)
         say(b"Q\n")
         assert process.wait(5) == 0
