@@ -17,7 +17,6 @@ from test_basic import (  # noqa: F401 - they run here with this module's fixtur
 )
 from test_bodies import (  # noqa: F401
     test_body_that_stalls,
-    test_clients_behind_a_broken_link,
     test_clients_that_disappear_in_mid_handoff,
     test_expect_continue,
     test_half_close,
@@ -26,7 +25,6 @@ from test_bodies import (  # noqa: F401
     test_large_head,
     test_one_octet_at_a_time,
     test_pipelined_requests_for_different_owners,
-    test_slow_heads_time_out,
     test_slow_readers,
     test_uploads,
 )

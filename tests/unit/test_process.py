@@ -153,3 +153,19 @@ def test_no_core_dumps_and_all_the_descriptors_there_are(start: Start, tmp_path:
     assert soft == hard
     process.terminate()
     assert process.wait(timeout=5) == 0
+
+
+def test_hardened_processes_leave_no_memory_behind() -> None:
+    """No core file by limit, and none by PR_SET_DUMPABLE whatever the limit (prctl(2))."""
+    script = (
+        "import ctypes, resource\n"
+        "from prism.process import harden\n"
+        "get = lambda: ctypes.CDLL(None).prctl(3, 0, 0, 0, 0)\n"
+        "before = get()\n"
+        "harden()\n"
+        "print(before, get(), *resource.getrlimit(resource.RLIMIT_CORE))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=20
+    )
+    assert done.stdout.split() == ["1", "0", "0", "0"]
