@@ -161,9 +161,9 @@ class Backend(Node):
         if connection.state is not State.DECIDING:
             return
         connection.place = None
-        stuck = connection.key in self.moving or not connection.stream.movable
-        if stuck or not self.switch.reachable:
-            connection.decline()
+        why = self.why_not_anywhere(connection)
+        if why:
+            self.serve_here(connection, why)
         else:
             self.hand_over(connection, self._mirror, self.name)
 

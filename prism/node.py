@@ -216,14 +216,18 @@ class Node:
         """Why the connection should rather not be handed over to ``place``; empty: it should."""
         if connection.hops >= MAX_HOPS:
             return "too-many-hops"
+        if not place.serves(connection.flow.service.host):
+            return "address-family"
+        return self.why_not_anywhere(connection)
+
+    def why_not_anywhere(self, connection: Connection) -> str:
+        """Why the connection cannot be handed over now, wherever it goes; empty: it can."""
         if not self.switch.reachable:
             return "switch-unreachable"
         if connection.key in self.moving:
             return "handoff-pending"
         if not connection.stream.movable:
             return "output-pending"
-        if not place.serves(connection.flow.service.host):
-            return "address-family"
         return ""
 
     def serve_here(self, connection: Connection, why: str) -> None:

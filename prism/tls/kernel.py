@@ -35,7 +35,6 @@ TLS_TX: Final = 1  # linux/tls.h
 TLS_SET_RECORD_TYPE: Final = 1  # linux/tls.h
 ALERT: Final = 21  # content type (RFC 8446, B.1)
 
-_INFO_SIZE: Final = 64  # no less than any struct tls12_crypto_info_*
 _BYTES_ACKED: Final = struct.Struct("120xQ")  # tcpi_bytes_acked in struct tcp_info
 _NOTHING: Final = bytes(4)
 _PATIENCE: Final = 2.0  # seconds
@@ -74,7 +73,17 @@ class KernelTx:
         closed: an alert that ends the connection was sent.
     """
 
-    __slots__ = ("_accepted", "_base", "_first", "_overhead", "_room", "_sock", "_tls", "closed")
+    __slots__ = (
+        "_accepted",
+        "_base",
+        "_first",
+        "_info_size",
+        "_overhead",
+        "_room",
+        "_sock",
+        "_tls",
+        "closed",
+    )
 
     def __init__(self, sock: socket.socket, tls: Tls) -> None:
         """Hand the sending keys to the kernel.
@@ -84,25 +93,25 @@ class KernelTx:
                 has finished sending), EEXIST. The socket can be used as before.
         """
         sock.setsockopt(socket.IPPROTO_TCP, TCP_ULP, b"tls")
-        sock.setsockopt(SOL_TLS, TLS_TX, tls.crypto_info(TX))
+        info = tls.crypto_info(TX)
+        sock.setsockopt(SOL_TLS, TLS_TX, info)
         self._sock = sock
         self._tls = tls
+        self._info_size = len(info)  # the kernel wants it exactly
         self._first = tls.write_seq
         self._overhead = _overhead(tls)
-        self._base = self._queued_ever(stable=True)
+        self._base = self._queued_ever()
         self._accepted = 0
         self._room = 0  # records that may be sealed before the kernel is asked how many it has
         self.closed = False
 
-    def _queued_ever(self, *, stable: bool = False) -> int:
-        """Octets put into the send queue so far, from an arbitrary beginning.
-
-        An acknowledgement between the two readings makes it too little; not if ``stable``.
-        """
-        while True:
-            acked = self._acknowledged()
+    def _queued_ever(self) -> int:
+        """Octets put into the send queue so far, from an arbitrary beginning."""
+        acked = self._acknowledged()
+        while True:  # each turn is an acknowledgement that came just then
             queued = fcntl.ioctl(self._sock, termios.TIOCOUTQ, _NOTHING)
-            if not stable or acked == self._acknowledged():
+            before, acked = acked, self._acknowledged()
+            if acked == before:
                 return acked + int.from_bytes(queued, "little")
 
     def _acknowledged(self) -> int:
@@ -117,7 +126,7 @@ class KernelTx:
             OSError: the kernel does not tell.
             TlsError: it tells of another connection.
         """
-        self._tls.sync(TX, self._sock.getsockopt(SOL_TLS, TLS_TX, _INFO_SIZE))
+        self._tls.sync(TX, self._sock.getsockopt(SOL_TLS, TLS_TX, self._info_size))
 
     def settled(self) -> bool:
         """Whether all that was sent is in the queue, sealed; takes the sequence number over."""
