@@ -41,6 +41,7 @@ class PlainStream:
         "_lowat",
         "_pending",
         "_reader",
+        "_vain",
         "_watched",
         "_writer",
         "sock",
@@ -55,6 +56,7 @@ class PlainStream:
         self._eof = False
         self._awaiting = False  # what is there was seen, and is not enough
         self._lowat = 1
+        self._vain = 0  # looks at too little since the mark was raised
         self._loop = asyncio.get_running_loop()
         self._reader: asyncio.Future[None] | Callable[[], None] | None = None
         self._writer: asyncio.Future[None] | None = None
@@ -100,22 +102,36 @@ class PlainStream:
     def peek(self, limit: int = PEEK_LIMIT) -> bytes:
         """What was received and not consumed; see :meth:`Stream.peek`."""
         pending = self._pending
-        if pending:
-            if len(pending) >= limit:
-                return pending[:limit]
-            try:
-                data = pending + self.sock.recv(limit - len(pending), socket.MSG_PEEK)
-            except BlockingIOError:
-                data = pending
-        else:
-            data = self.sock.recv(limit, socket.MSG_PEEK)
-            if not data:
-                self._eof = True
-        # With a raised mark only a FIN (or an error) makes the socket readable before the mark is
-        # reached, and a peek cannot show a FIN behind data: ask for it.
-        if len(data) < self._lowat and self._lowat > 1 and not self._eof:
-            self._eof = self._fin_received()
-        return data
+        if len(pending) >= limit:
+            return pending[:limit]
+        try:
+            data = self.sock.recv(limit - len(pending), socket.MSG_PEEK)
+        except BlockingIOError:
+            if not pending:
+                raise
+            return pending
+        if not data:
+            self._eof = True
+        elif len(data) < self._lowat and self._lowat > 1 and not self._eof:
+            self._woken_below_the_mark(len(data))
+            if self._pending is not pending:
+                return self._pending
+        return pending + data if pending else data
+
+    def _woken_below_the_mark(self, n: int) -> None:
+        """A FIN is behind the ``n`` octets, or the kernel has no room for more behind them.
+
+        A peek cannot show a FIN behind data, so ask for it. Without one, and not for the first
+        time, for once may be for another reason: make room, or this would go on for ever.
+        """
+        if self._fin_received():
+            self._eof = True
+            return
+        self._vain += 1
+        if self._vain > 1:
+            self._vain = 0
+            self._pending += self.sock.recv(n)
+            self.reset_lowat()
 
     def _fin_received(self) -> bool:
         poll = select.poll()
@@ -214,6 +230,7 @@ class PlainStream:
     def reset_lowat(self) -> None:
         """Undoes :meth:`await_more`."""
         self._awaiting = False
+        self._vain = 0
         if self._lowat != 1:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
             self._lowat = 1

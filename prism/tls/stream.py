@@ -75,7 +75,6 @@ class TlsStream(PlainStream):
         "_part",
         "_raw",
         "_skip",
-        "_vain",
         "alert",
         "facts",
         "tls",
@@ -104,7 +103,6 @@ class TlsStream(PlainStream):
         self._done = 0  # its records that were committed
         self._raw = 0  # octets of its input that are not taken as read
         self._part = b""  # the first of these, if the kernel had no room for more
-        self._vain = 0  # looks for more that found nothing new
         self._out = b""  # sealed, not yet taken by the socket
         self._out_plain = 0  # octets of plaintext in it that the caller was not told of
 

@@ -56,6 +56,41 @@ async def settle() -> None:
 # -- streams -----------------------------------------------------------------------------------
 
 
+async def test_a_kernel_without_room_for_more_is_given_room(
+    ends: tuple[socket.socket, PlainStream],
+) -> None:
+    """It wakes below the mark, again and again, until what is there is taken out."""
+    client, stream = ends
+    client.sendall(b"half a head")
+    await stream.readable(5)
+    for _ in range(2):
+        assert stream.peek() == b"half a head"
+        stream.await_more(11)
+        assert not stream.pending
+    assert stream.peek() == b"half a head"
+    assert stream.pending == b"half a head"
+    stream.await_more(11)
+    client.sendall(b", and the rest")
+    await stream.readable(5)
+    assert stream.peek() == b"half a head, and the rest"
+    client.shutdown(socket.SHUT_WR)
+    stream.await_more(25)
+    await stream.readable(5)
+    assert stream.peek() == b"half a head, and the rest"
+    assert stream.eof
+
+
+async def test_an_end_behind_pending_octets_is_seen() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = socket.create_connection(listener.getsockname())
+        stream = PlainStream(listener.accept()[0], pending=b"half a head")
+    client.close()
+    await asyncio.sleep(0.01)
+    assert stream.peek() == b"half a head"
+    assert stream.eof
+    stream.close()
+
+
 async def test_peek_leaves_and_consume_takes(ends: tuple[socket.socket, PlainStream]) -> None:
     client, stream = ends
     with pytest.raises(BlockingIOError):
