@@ -21,7 +21,7 @@ from typing import Final, Literal
 from prism._ext.tls_record import Tls, TlsError
 from prism.errors import ConfigError
 from prism.flow import Flow
-from prism.tls.kernel import KernelTx, probe
+from prism.tls.kernel import KernelTx, Support, probe
 from prism.tls.stream import TlsBroken, TlsStream
 
 __all__ = ["KERNEL_FROM", "KernelTlsStream", "Mode", "check", "stream"]
@@ -38,15 +38,19 @@ _HANDSHAKE: Final = 22  # content type (RFC 8446, B.1)
 _TLS_1_3: Final = 0x0304
 
 
-def check(mode: Mode) -> None:
+def check(mode: Mode, support: Support | None = None) -> None:
     """See to it that the kernel can what ``mode`` asks for.
+
+    Args:
+        mode: as configured.
+        support: what the kernel can; by default it is asked, unless nobody wants to know.
 
     Raises:
         ConfigError: it has to, and cannot.
     """
     if mode == "user":
         return
-    support = probe()
+    support = support or probe()
     if support.why and mode == "kernel":
         raise ConfigError(
             f'tls.offload = "kernel", but the kernel cannot seal TLS records ({support.why}): '
