@@ -162,6 +162,12 @@ class ObjectStore:
         head = exchange.head
         if head.get(b"content-range") is not None:
             raise HttpError(400, "objects are stored whole: Content-Range is not allowed in PUT")
+        if b"aws-chunked" in (head.get_all(b"content-encoding") or b"").lower():
+            raise HttpError(
+                501,
+                "the aws-chunked coding is not understood; tell the client to leave checksums "
+                'behind the body out (request_checksum_calculation = "when_required")',
+            )
         if (exchange.body.length or 0) > self.max_size:
             raise HttpError(413, f"objects have at most {self.max_size} octets")
         exchange.body.limit = self.max_size

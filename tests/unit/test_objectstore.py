@@ -424,6 +424,10 @@ async def test_refusals(site: Site) -> None:
     assert (await site.curl("/k", "-X", "POST", "-d", "x")).status == 405
     assert "PUT" in (await site.curl("/k", "-X", "POST")).headers["allow"]
     assert (await site.curl("/", "-X", "PUT", "-d", "x")).status == 405
+    framed = await site.curl("/k", "-X", "PUT", "-d", "x", "-H", "Content-Encoding: aws-chunked")
+    assert framed.status == 501
+    assert b"when_required" in framed.body
+    assert (await site.curl("/k")).status == 404
     assert (await site.put("/" + "k" * 1025, b"")).status == 414
     assert (await site.put("/%ff", b"")).status == 400
     assert (await site.put("/k", b"x", "-H", "Content-Range: bytes 0-0/2")).status == 400
