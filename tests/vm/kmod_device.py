@@ -124,6 +124,12 @@ class Device:
         return int(done)
 
 
+def release() -> tuple[int, int]:
+    """The kernel's version."""
+    major, minor = os.uname().release.split(".")[:2]
+    return int(major), int(minor)
+
+
 def load_module() -> None:
     if not Path(DEVICE).exists():
         subprocess.run(["insmod", os.environ["PRISM_VM_MODULE"]], check=True)
@@ -150,11 +156,16 @@ def kernel_log() -> list[str]:
     return subprocess.run(["dmesg"], capture_output=True, text=True, check=True).stdout.splitlines()
 
 
-def time_waits() -> int:
-    """How many TIME_WAIT stand in this network namespace; timer 3 in proc_net_tcp.rst."""
+def time_waits(port: int | None = None) -> int:
+    """How many TIME_WAIT stand in this network namespace; with ``port``, towards that one.
+
+    FIN_WAIT2 that no socket has any more is one of them: timer 3 in proc_net_tcp.rst.
+    """
     total = 0
     for table in ("tcp", "tcp6"):
         with contextlib.suppress(FileNotFoundError):
-            lines = Path(f"/proc/thread-self/net/{table}").read_text().splitlines()[1:]
-            total += sum(line.split()[5].startswith("03:") for line in lines)
+            for line in Path(f"/proc/thread-self/net/{table}").read_text().splitlines()[1:]:
+                _, _, peer, _, _, timer, *_ = line.split()
+                if timer.startswith("03:"):
+                    total += port is None or int(peer.rpartition(":")[2], 16) == port
     return total

@@ -14,7 +14,7 @@ import threading
 import time
 
 import pytest
-from kmod_device import PARAMETERS, Device, time_waits
+from kmod_device import PARAMETERS, Device, release, time_waits
 from monitor_conformance import pair, reset, use_port_again
 
 from prism._ext import tcp_repair
@@ -78,6 +78,15 @@ def end_time_wait(client: tuple, listener: socket.socket) -> None:
         use_port_again(listener, Endpoint(*client[:2]))
 
 
+def only_begins(device: Device) -> bool:
+    """Whether this kernel cannot tell the end of TIME_WAIT: then the event comes, and says so."""
+    if device.info.sees_time_wait:
+        return False
+    (event,) = device.wait()
+    assert (event.reason, event.flags) == (TIME_WAIT, STARTS)
+    return True
+
+
 def close_in_order(first: socket.socket, second: socket.socket) -> None:
     first.shutdown(socket.SHUT_WR)
     assert second.recv(1) == b""
@@ -108,6 +117,8 @@ class TestWhatItTells:
         port = client.getsockname()
         close_in_order(ours, client)
         assert time_waits() == 1
+        if only_begins(device):
+            return
         assert device.silent(0.5)
         end_time_wait(port, listener)
         (event,) = device.wait()
@@ -133,9 +144,8 @@ class TestWhatItTells:
         time.sleep(0.1)
         waiting = time_waits()
         assert waiting in (1, 2)
-        told = device.read()
-        assert len(told) == 2 - waiting
-        assert all(event.reason == CLOSED for event in told)
+        told = [event.reason for event in device.read() if not event.flags]
+        assert told == [CLOSED] * (2 - waiting)
 
     def test_a_peer_that_never_closes(self, device, listener):
         """FIN_WAIT2 without a socket is kept like TIME_WAIT, for TCP_LINGER2 seconds."""
@@ -143,6 +153,9 @@ class TestWhatItTells:
         device.register(ours, 1)
         ours.setsockopt(socket.IPPROTO_TCP, TCP_LINGER2, 2)
         ours.close()
+        if only_begins(device):
+            client.close()
+            return
         began = time.monotonic()
         assert device.silent(1.0)
         (event,) = device.wait()
@@ -168,6 +181,8 @@ class TestWhatItTells:
                 close_in_order(ours, client)
                 listener.close()
                 assert time_waits() == 1
+            if only_begins(device):
+                return
             assert device.silent(0.3)
             namespace.remove()
             (event,) = device.wait(seconds=20.0)
@@ -295,7 +310,9 @@ class TestWhatItTells:
         assert device.silent()  # the program still has the socket
         ours.close()
         (event,) = device.wait()
-        assert (event.reason, event.flags) == (TIME_WAIT, 0)
+        # What has ended unseen is not there any more: no TIME_WAIT to wait for either.
+        wanted = TIME_WAIT if device.info.sees_time_wait else CLOSED
+        assert (event.reason, event.flags) == (wanted, 0)
 
     def test_a_socket_that_was_reset_before_the_registration(self, device, listener):
         client, ours = connect(listener)
@@ -396,6 +413,8 @@ class TestWhatItRefuses:
         mine = device.register(ours, 1)
         port = client.getsockname()
         close_in_order(ours, client)
+        if only_begins(device):
+            return
         device.unregister(mine)
         assert device.info.registered == 0
         end_time_wait(port, listener4)
@@ -520,6 +539,6 @@ class TestReading:
                 assert not reader.is_alive()
 
     def test_the_info(self, device):
-        assert device.info.sees_time_wait
+        assert device.info.sees_time_wait == (release() < (6, 18))
         assert device.info.limit == 1 << 20
         assert struct.calcsize("=QQQHBB2s2s16s16s") == 64

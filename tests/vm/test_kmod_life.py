@@ -130,13 +130,14 @@ class TestUnloading:
             ours.shutdown(socket.SHUT_WR)
             client.close()
             ours.close()
+            told = [] if device.info.sees_time_wait else device.wait()
             assert device.silent(0.3)
             again = socket.socket()
             again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             again.bind(port)
             again.connect(("127.0.0.1", listener.getsockname()[1]))
             again.close()
-            assert device.wait()[0].reason == TIME_WAIT
+            assert [event.reason for event in told or device.wait()] == [TIME_WAIT]
 
     def test_with_kernel_tls_above(self, listener):
         """The tls layer copies a socket's protocol; none of ours may be in the copy."""
@@ -212,7 +213,11 @@ class TestProcesses:
             info = device.info
             assert len({event.cookie for event in told}) == len(told)
             assert len(told) + info.registered == count  # the others are in TIME_WAIT
-            assert {event.reason for event in told} <= {CLOSED, RESET}
+            assert {event.reason for event in told} <= {
+                CLOSED,
+                RESET,
+                *([] if info.sees_time_wait else [TIME_WAIT]),
+            }
         # Theirs ends with the namespace.
 
     @pytest.mark.parametrize("unregister", [False, True])
