@@ -146,16 +146,33 @@ class KernelTx:
             TlsError: the key is used up.
         """
         self._count(len(data))
-        sent = self._sock.send(data, socket.MSG_MORE if more else 0)
+        try:
+            sent = self._sock.send(data, socket.MSG_MORE if more else 0)
+        except BlockingIOError:
+            self._push()
+            raise
         self._accepted += sent
         return sent
 
     def send_file(self, fd: int, offset: int, n: int) -> int:
         """Send of a file what fits (sendfile(2)); raises like :meth:`send`."""
         self._count(n)
-        sent = os.sendfile(self._sock.fileno(), fd, offset, n)
+        try:
+            sent = os.sendfile(self._sock.fileno(), fd, offset, n)
+        except BlockingIOError:
+            self._push()
+            raise
         self._accepted += sent
         return sent
+
+    def _push(self) -> None:
+        """Have TCP send what is in its queue.
+
+        The TLS layer gives it records with word that more is to come, and refuses more by itself
+        when the queue is full: TCP would wait for more, and the socket never be writable again
+        (seen on 6.1; TCP on its own pushes in this case). Setting the option pushes.
+        """
+        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def alert(self, description: int) -> None:
         """Send an alert that ends the connection, 0 for close_notify; raises like :meth:`send`."""

@@ -233,6 +233,27 @@ async def test_what_the_kernel_keeps_back_keeps_the_connection(lab: Bed, file: P
     assert held
 
 
+async def test_a_full_queue_is_sent_on(lab: Bed, file: Path) -> None:
+    """A sender that waits until it can write need not wait for ever."""
+    client, stream = open_pair(lab, 0x1301)
+    client.start()
+    size = file.stat().st_size
+    waits = 0
+    with file.open("rb") as source:
+        for _ in range(4):
+            sent = 0
+            while sent < size:
+                try:
+                    sent += stream.send_file(source.fileno(), sent, size - sent)
+                except BlockingIOError:
+                    waits += 1
+                    await stream.writable(10)
+    assert waits
+    stream.close()
+    client.finish()
+    assert bytes(client.heard) == 4 * file.read_bytes()
+
+
 async def test_an_open_record_keeps_the_connection(lab: Bed, file: Path) -> None:
     client, stream = await in_kernel(lab, file)
     await wait_movable(stream)

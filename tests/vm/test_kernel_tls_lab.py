@@ -26,7 +26,11 @@ SLOW = {  # the emulated machine is some twenty times slower than a real one
 
 @pytest.fixture(scope="module")
 def lab(_guest: None) -> Iterator[Bed]:
-    with tls_bed(backends=2, frontends=1, settings={"tls.offload": "kernel", **SLOW}) as found:
+    patch = pytest.MonkeyPatch()
+    patch.setattr("prism.lab.cluster._READY_PATIENCE", 120.0)  # seconds, twenty on a real machine
+    settings = {"tls.offload": "kernel", **SLOW}
+    with tls_bed(backends=2, frontends=1, settings=settings) as found:
+        patch.undo()
         yield found
         assert found.no_unexpected_errors() == []
 
@@ -201,6 +205,16 @@ def upload_with_key_update(lab: Bed, conn: TlsConn, version: int) -> None:
     answer = conn.request("GET", path)
     assert (answer.status, answer.sha256) == (200, hashlib.sha256(data).hexdigest())
     assert answer.node == "be1/0"
+
+
+def test_many_connections_and_their_first_files(
+    lab: Bed, medium: dict[str, tuple[str, str]]
+) -> None:
+    """The send buffer of a new connection is smaller than the file: it fills up on the way."""
+    path, wanted = medium["be1"]
+    for _ in range(10):
+        answer = lab.client.once("GET", path)
+        assert (answer.status, answer.sha256) == (200, wanted)
 
 
 def test_the_backends_say_who_seals(lab: Bed) -> None:
