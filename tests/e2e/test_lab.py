@@ -100,11 +100,13 @@ def test_a_lab_with_tls_has_a_certificate_that_its_ca_file_is_good_for(lab_name:
         assert (cluster.url, cluster.url6) == ("https://10.77.0.80", "https://[fd77::80]")
         status = Cluster.attach(lab_name).status()
         assert (status["url"], status["ca_file"]) == (cluster.url, str(cluster.ca_file))
-        for name in ("fe1", "be1"):
-            tls = cluster.config(name).tls
-            assert tls is not None
-            assert tls.listen == cluster.topology.services(443)
-            assert tls.min_version == "1.3"
+        backend = cluster.config("be1").tls
+        assert backend is not None
+        assert not backend.certificates  # the service's key is none of theirs
+        tls = cluster.config("fe1").tls
+        assert tls is not None
+        assert tls.listen == cluster.topology.services(443)
+        assert tls.min_version == backend.min_version == "1.3"
         assert cluster.config("switch").tls is None
 
         client = ssl.create_default_context(cafile=cluster.ca_file)
