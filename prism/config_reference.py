@@ -23,7 +23,7 @@ __all__ = ["reference"]
 _INTRODUCTION = """\
 # Configuration
 
-Made from the models in `prism/config.py` by `python -m prism.config_reference`; do not edit.
+Made from the models in `prism/config*.py` by `python -m prism.config_reference`; do not edit.
 
 One TOML file serves all roles of a cluster: each process reads the section of its role
 (`[frontend]`, `[backend]`, `[switch]`) and the common ones. `examples/prism.toml` is a whole file;
