@@ -14,6 +14,7 @@ from setuptools.command.build_ext import build_ext
 EXT = Path("prism/_ext")
 BPF_SOURCE = EXT / "bpf/prism_switch.bpf.c"
 KMOD_FILES = ("Kbuild", "Makefile", "dkms.conf", "prism_monitor.c", "prism_monitor.h")
+P4INFO = Path("p4/prism.p4info.txtpb")
 C_FLAGS = ["-O2", "-std=gnu11", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden"]
 SANITIZE = os.environ.get("PRISM_SANITIZE", "")  # for example "address,undefined"
 
@@ -78,6 +79,8 @@ class BuildExt(build_ext):
             (root / "prism/_kmod").mkdir(parents=True, exist_ok=True)
             for name in KMOD_FILES:
                 shutil.copy(Path("kmod") / name, root / "prism/_kmod")
+            (root / "prism/_p4").mkdir(parents=True, exist_ok=True)
+            shutil.copy(P4INFO, root / "prism/_p4")
 
 
 setup(
