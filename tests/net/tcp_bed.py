@@ -142,6 +142,7 @@ class Bed:
         self.router = make_namespace("router")
         self.servers = [make_namespace("a"), make_namespace("b")]
         self._route = self.router.route()
+        self._locked = False
         for host in (self.client, self.router, *self.servers):
             host.sysctl("ipv6/conf/default/accept_dad", 0)  # link-local addresses usable at once
         for number, host in enumerate([self.client, *self.servers]):
@@ -170,16 +171,32 @@ class Bed:
             self._route.route("del", family=family, dst=destination)
         self._route.route("add", family=family, dst=destination, **target)
 
+    def _silence(self, command: str) -> None:
+        for version, address in ADDRESSES.items():
+            self._route.rule(
+                command, family=FAMILY[version], src=address, priority=1, action="blackhole"
+            )
+
     def lock(self) -> None:
-        """Drop what clients send to the service (and let what is under way arrive)."""
+        """Drop what the two sides say to each other (and let what is under way arrive).
+
+        Like the switch, also what the servers say: a frozen socket goes on sending what it has
+        queued, for its pacing timer runs. Were the client to hear that, it would acknowledge more
+        than the next owner has sent, who must not believe it: both would stand still for good.
+        """
         for version in ADDRESSES:
             self._set(version, type="blackhole")
+        self._silence("add")
+        self._locked = True
         time.sleep(0.005)
 
     def point_at(self, server: int) -> None:
-        """Give the service address to one of the servers."""
+        """Give the service address to one of the servers, and let it speak."""
         self._set(4, gateway=f"10.98.{server + 1}.2")
         self._set(6, gateway=f"fd98:{server + 1}::2")
+        if self._locked:
+            self._silence("del")
+            self._locked = False
 
     def hand_over(self, sock: socket.socket, version: int, to: int) -> socket.socket:
         """Move a server's connection to the other one and return it there."""
