@@ -8,6 +8,7 @@ import socket
 from time import monotonic_ns
 from typing import Any
 
+from prism.apps.hosted import Hosted, hosted
 from prism.apps.listing import Listing
 from prism.apps.objectstore import ObjectStore
 from prism.config import BackendConfig, Config
@@ -24,7 +25,7 @@ from prism.http.stream import PlainStream
 from prism.listener import Listener
 from prism.monitor.base import Gone
 from prism.monitor.choose import monitor_for
-from prism.node import Node
+from prism.node import Node, Refusal
 from prism.process import serve
 from prism.renewal import Mirror
 from prism.switch.control import Message, Op, Status
@@ -55,6 +56,7 @@ class Backend(Node):
     """One worker process of a backend.
 
     Attributes:
+        hosted: what answers instead of the object store; ``None``: the store does.
         rules: by packed flow, the rules that name this worker as the owner.
         taking: handoffs to this worker under way, by packed flow.
         relayed_in: how many of the connections are other nodes', for what they relay.
@@ -74,10 +76,14 @@ class Backend(Node):
         self.offload: Mode = config.tls.offload if config.tls is not None else "auto"
         self._mirror = Mirror(self)
         self.monitor = monitor_for(config.backend)
-        self.store = ObjectStore(self.backend.store, max_size=self.backend.max_object_size)
+        self.hosted: Hosted | None = hosted(self.backend)
+        self.store = self._open_store() if self.hosted is None else None
         self.listing = Listing(self.peers.placement.nodes)
         self._sticky = config.placement.name != "partitioned"
         self._listener: Listener | None = None
+
+    def _open_store(self) -> ObjectStore:
+        return ObjectStore(self.backend.store, max_size=self.backend.max_object_size)
 
     async def start(self) -> None:
         """Join the cluster, then take connections over and accept relayed ones.
@@ -85,14 +91,23 @@ class Backend(Node):
         Raises:
             SwitchError: the switch does not answer.
             OSError: an address cannot be bound, the store cannot be used.
-            ConfigError: the kernel shall seal TLS records, and cannot.
+            ConfigError: the kernel shall seal TLS records, and cannot; the application cannot be
+                loaded, or does not start.
         """
         if self.config.tls is not None:
             check_offload(self.offload)  # now, since it may take long at the first time
+        if self.hosted is not None:
+            await self.hosted.start()
         await self.monitor.start()
         await super().start()
         endpoint = Endpoint(self.backend.address, self.backend.relay_port)
         self._listener = Listener(endpoint, self.backend.backlog, self._accepted)
+
+    async def drain(self) -> None:
+        """Let open requests end; long-lived ones are told to."""
+        if self.hosted is not None:
+            self.hosted.stop()
+        await super().drain()
 
     async def close(self) -> None:
         """Close everything at once."""
@@ -100,7 +115,10 @@ class Backend(Node):
             self._listener.close()
         await super().close()
         await self.monitor.close()
-        self.store.close()
+        if self.hosted is not None:
+            await self.hosted.close()
+        if self.store is not None:
+            self.store.close()
 
     def status(self) -> dict[str, Any]:
         """The status document."""
@@ -134,20 +152,27 @@ class Backend(Node):
     # -- requests --------------------------------------------------------------------------
 
     def local_app(self, connection: Connection, head: RequestHead) -> App | None:
-        """The store, for what is placed here and for what a frontend relays."""
-        if connection.relayed_in:
-            return self.store
-        if not head.key and head.method in (b"GET", b"HEAD"):
-            return self.listing
-        if self._sticky or head.key == b"*":
-            return self.store
+        """The application, for what is placed here and for what another node relays."""
+        lists = self.hosted is None and not head.key and head.method in (b"GET", b"HEAD")
+        if connection.relayed_in or lists or self._sticky or head.key == b"*":
+            return self.app_for(connection, head)
         place = self.peers.placement.choose(head.key.decode("utf-8", "surrogateescape"))
-        return self.store if place.name == self.backend.name else None
+        return self.app_for(connection, head) if place.name == self.backend.name else None
+
+    def app_for(self, connection: Connection, head: RequestHead) -> App:
+        """What answers a request that belongs to this node."""
+        if self.store is None:
+            return self.hosted or Refusal(503, "this backend serves nothing")
+        if not connection.relayed_in and not head.key and head.method in (b"GET", b"HEAD"):
+            return self.listing
+        return self.store
 
     def serve(self, connection: Connection, app: App) -> None:
         """Answer a request, on another socket if this one cannot."""
         head = connection.head
-        if head is not None and connection.stream.must_move(head.has_body):
+        if head is not None and connection.stream.must_move(
+            head.has_body or head.upgrade is not None
+        ):
             # Not at once: another handoff of this connection may just be coming to its end.
             asyncio.get_running_loop().call_soon(self._renew, connection)
         else:

@@ -158,6 +158,10 @@ def _inconsistencies(config: Config) -> Iterator[tuple[tuple[str | int, ...], st
         if config.frontend.name in names:
             yield ("frontend", "name"), "a backend in [[nodes]] has this name; choose another"
     if config.backend is not None:
+        if not config.backend.serves_objects and config.cluster.serves == "objects":
+            key = "app" if config.backend.app is not None else "upstream"
+            text = 'needs cluster.serves = "application", in the frontends\' files too'
+            yield ("backend", key), text
         entry = next((node for node in config.nodes if node.name == config.backend.name), None)
         if entry is None:
             yield ("backend", "name"), f"add a [[nodes]] entry named {config.backend.name!r}"

@@ -6,6 +6,7 @@ import base64
 import binascii
 import hashlib
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, PrivateAttr, SecretStr
 
@@ -35,6 +36,12 @@ class ClusterConfig(Section):
         (),
         max_length=64,
         description="Service addresses the clients connect to; the default of `frontend.listen`.",
+    )
+    serves: Literal["objects", "application"] = Field(
+        "objects",
+        description="What the backends serve: `objects`, with `GET /` listing those of all "
+        "backends, or an `application` (`backend.app` or `backend.upstream`), with `GET /` a "
+        "request like any other.",
     )
     lease: float = Field(
         2.0, ge=0.1, le=60, description="Seconds without renewal after which a node counts as dead."

@@ -16,7 +16,7 @@ __all__ = ["certificate_problems", "with_absolute_paths"]
 _PATHS = {
     "cluster": ("pki_dir", "ca"),
     "frontend": ("node_certificate", "node_key"),
-    "backend": ("node_certificate", "node_key", "store"),
+    "backend": ("node_certificate", "node_key", "store", "app_dir"),
     "telemetry": ("log_file", "status_socket"),
 }
 

@@ -7,6 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from prism.config_app import AppKeys
 from prism.config_types import Address, HostPort, Name, Port, Seconds, Section
 from prism.flow import Endpoint
 
@@ -133,7 +134,7 @@ class FrontendConfig(_Serving):
     )
 
 
-class BackendConfig(_Serving):
+class BackendConfig(AppKeys, _Serving):
     """A node that takes connections over. Its place is read from its `[[nodes]]` entry."""
 
     takeover_port: Port = Field(

@@ -17,7 +17,7 @@ from pydantic import (
 
 from prism.flow import Endpoint
 
-__all__ = ["Address", "HostPort", "Name", "Port", "Seconds", "Section"]
+__all__ = ["Address", "HostPort", "Name", "Port", "Seconds", "Section", "endpoint"]
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 
@@ -31,7 +31,12 @@ def _address(value: object) -> str:
         raise ValueError(f"{value!r} is not an IP address (names are not looked up)") from None
 
 
-def _endpoint(value: object) -> Endpoint:
+def endpoint(value: object) -> Endpoint:
+    """The endpoint written as ``value``.
+
+    Raises:
+        ValueError: it is none.
+    """
     if isinstance(value, Endpoint):
         return value
     match = re.fullmatch(r"(?:\[([^\]]+)\]|([^:\[\]]+)):(\d{1,5})", str(value))
@@ -48,7 +53,7 @@ Address = Annotated[str, PlainValidator(_address), WithJsonSchema({"type": "IP a
 
 HostPort = Annotated[
     Endpoint,
-    PlainValidator(_endpoint),
+    PlainValidator(endpoint),
     PlainSerializer(str),
     WithJsonSchema({"type": '"ADDRESS:PORT"'}),
 ]

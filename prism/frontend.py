@@ -142,7 +142,9 @@ class Frontend(Node):
     # -- requests --------------------------------------------------------------------------
 
     def local_app(self, connection: Connection, head: RequestHead) -> App | None:
-        """Listings are made here; objects are the backends'."""
+        """Listings of objects are made here; all else is the backends'."""
+        if self.config.cluster.serves != "objects":
+            return None
         if head.key == b"*":
             return Refusal(501, "OPTIONS is not supported for the server as a whole")
         if not head.key and head.method in (b"GET", b"HEAD"):

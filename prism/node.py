@@ -99,7 +99,9 @@ class Node:
         self.channel = Channel(self.name, cluster.channel_key(), self.on_offer, identity)
         self.peers = Peers(config, self.channel, serving.name)
         self.reconciler = Reconciler(self)
-        self.relay = Relay(connect_timeout=getattr(serving, "connect_timeout", 3.0))
+        self.relay = Relay(
+            connect_timeout=getattr(serving, "connect_timeout", 3.0), forwarding="origin"
+        )
         self.stopping = False
         self._cookie = secrets.randbits(63)  # a restarted node must not repeat its last life's
         self._status = StatusServer(self.status, self.metrics)

@@ -12,6 +12,7 @@ import contextlib
 from typing import Final
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
+from prism.apps.forwarding import DROPPED, FORWARDING, Forwarding
 from prism.apps.upstream import (
     HOP_BY_HOP,
     Address,
@@ -29,7 +30,7 @@ from prism.http.stream import Stream
 __all__ = ["Relay", "RelayTo", "request_head"]
 
 _IDEMPOTENT = frozenset(b"GET HEAD PUT DELETE OPTIONS PROPFIND SEARCH REPORT".split())
-_NOT_COPIED = HOP_BY_HOP | {b"host", b"content-length", b"expect", b"via", b"x-forwarded-for"}
+_NOT_COPIED = HOP_BY_HOP | {b"host", b"content-length", b"expect"}
 _PLAIN_OPTIONS = frozenset((b"close", b"keep-alive"))
 _CONTINUE_WAIT: Final = 1.0  # seconds; after that the body is sent unasked (RFC 9110, 10.1.1)
 _MAX_INTERIM = 16
@@ -43,7 +44,7 @@ class Relay:
         response_timeout: seconds for the first octet of a response after the request is sent,
             and between two pieces of its body.
         max_connections: to each upstream server.
-        name: how this proxy calls itself in Via.
+        forwarding: how the server hears of the client.
     """
 
     def __init__(
@@ -52,12 +53,12 @@ class Relay:
         connect_timeout: float = 2.0,
         response_timeout: float = 60.0,
         max_connections: int = 128,
-        name: bytes = b"prism",
+        forwarding: Forwarding = "x-forwarded",
     ) -> None:
         self._connect_timeout = connect_timeout
         self._timeout = response_timeout
         self._max_connections = max_connections
-        self._via = b"1.1 " + name
+        self._forwarding: Forwarding = forwarding
         self._pools: dict[Address, Pool] = {}
 
     def to(self, address: Address) -> RelayTo:
@@ -88,7 +89,7 @@ class Relay:
             pool = self._pools[address] = Pool(
                 address, limit=self._max_connections, connect_timeout=self._connect_timeout
             )
-        request = request_head(exchange, address, self._via, extra)
+        request = request_head(exchange, address, self._forwarding, extra)
         upstream = await pool.acquire()
         try:
             await self._attempt(exchange, upstream, request)
@@ -173,9 +174,8 @@ class Relay:
         exchange.status = head.status
         bodiless = exchange.bodiless
         upstream.begin_body(head, bodiless=bodiless)
-        headers = [*head.headers, (b"Via", self._via)]
         try:
-            exchange.start(head.status, headers, head.length)
+            exchange.start(head.status, head.headers, head.length)
         except ValueError:
             raise UpstreamError("the upstream's response has malformed fields") from None
         while True:
@@ -279,11 +279,13 @@ def _failure(exchange: Exchange, error: UpstreamError) -> HttpError | ClientGone
     return HttpError(502, str(error))
 
 
-def request_head(exchange: Exchange, address: Address, via: bytes, extra: Headers = ()) -> bytes:
+def request_head(
+    exchange: Exchange, address: Address, forwarding: Forwarding, extra: Headers = ()
+) -> bytes:
     """The head to send upstream: the client's, without what was for this connection alone."""
     head = exchange.head
     options = connection_options([value for name, value in head.headers if name == b"connection"])
-    dropped = _NOT_COPIED
+    dropped = _NOT_COPIED | DROPPED[forwarding]
     if extra or options - _PLAIN_OPTIONS:
         dropped = dropped | options | {name.lower() for name, _ in extra}
     host = head.host or _host_of(address)
@@ -295,18 +297,10 @@ def request_head(exchange: Exchange, address: Address, via: bytes, extra: Header
         parts.append(b"Content-Length: %d\r\n" % head.content_length)
     if head.expect_continue:
         parts.append(b"Expect: 100-continue\r\n")
-    parts.append(b"Via: %b\r\n" % _append(head, b"via", via))
-    if exchange.client is not None:
-        client = _append(head, b"x-forwarded-for", exchange.client.host.encode())
-        parts.append(b"X-Forwarded-For: %b\r\n" % client)
+    parts.append(FORWARDING[forwarding](head, exchange.origin))
     parts += [b"%b: %b\r\n" % field for field in extra]
     parts.append(b"\r\n")
     return b"".join(parts)
-
-
-def _append(head: RequestHead, name: bytes, value: bytes) -> bytes:
-    before = head.get_all(name)
-    return value if before is None else before + b", " + value
 
 
 def _host_of(address: Address) -> bytes:

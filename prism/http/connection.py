@@ -23,6 +23,7 @@ from prism.flow import Endpoint, Flow
 from prism.http.body import ClientGone, IncompleteBody
 from prism.http.exchange import App, Exchange, Rest, error_response
 from prism.http.head import HttpError, Limits, RequestHead, parse_head
+from prism.http.origin import Origin, origin_of, take_origin
 from prism.http.stream import Stream, has_unread, linger_close
 from prism.placement import Node
 
@@ -225,7 +226,7 @@ class Connection:
         exchange = Exchange(
             head,
             self.stream,
-            self.flow.client,
+            self._origin(head),
             self.dispatcher.server,
             self.dispatcher.body_timeout,
         )
@@ -252,6 +253,14 @@ class Connection:
         else:
             self._stop_reading()
             self._run(self._finish(exchange, rest))
+
+    def _origin(self, head: RequestHead) -> Origin:
+        """Where the request came from; a relaying node says it of what it relays."""
+        if self.relayed_in:
+            origin = take_origin(head)
+            if origin is not None:
+                return origin
+        return origin_of(self.flow, self.stream)
 
     def _failed(self, exchange: Exchange, error: HttpError) -> Rest:
         if exchange.started:

@@ -28,9 +28,9 @@ import os
 from collections.abc import Coroutine, Sequence
 from typing import Any, Protocol
 
-from prism.flow import Endpoint
 from prism.http.body import ClientGone, RequestBody
 from prism.http.head import HttpError, RequestHead
+from prism.http.origin import Origin
 from prism.http.response import (
     STALL_TIMEOUT,
     date_line,
@@ -72,7 +72,7 @@ class Exchange:
         head: the request's head, already consumed from the stream.
         body: the request's body, to be read from the stream.
         stream: the connection.
-        client: the client's address, when known.
+        origin: where the request came from, when known.
         status: the response's status; 0 while there is none.
         started: the response's head is sent or about to be: it is too late for another one.
         finished: the response is whole and with the kernel.
@@ -82,20 +82,20 @@ class Exchange:
         timeout: seconds that the client may read nothing.
     """
 
-    __slots__ = ("_chunked", "_head", "_left", "_server", "body", "client", "finished", "head",
-                 "keep_alive", "sent", "started", "status", "stream", "timeout")  # fmt: skip
+    __slots__ = ("_chunked", "_head", "_left", "_server", "body", "finished", "head", "keep_alive",
+                 "origin", "sent", "started", "status", "stream", "timeout")  # fmt: skip
 
     def __init__(
         self,
         head: RequestHead,
         stream: Stream,
-        client: Endpoint | None = None,
+        origin: Origin | None = None,
         server: bytes = b"",
         timeout: float = STALL_TIMEOUT,
     ) -> None:
         self.head = head
         self.stream = stream
-        self.client = client
+        self.origin = origin
         self.body = RequestBody(stream, head, timeout)
         self.timeout = timeout
         self.keep_alive = head.keep_alive
@@ -117,6 +117,13 @@ class Exchange:
     def bodiless(self) -> bool:
         """The response has no body whatever its head says (RFC 9110, section 6.4.1)."""
         return self.head.method == b"HEAD" or self.status in (204, 304)
+
+    def give_away(self) -> None:
+        """Leave the connection to a protocol that is not HTTP; it is closed afterwards."""
+        if self.started:
+            raise RuntimeError("this exchange has a response already")
+        self.started = self.finished = True
+        self.keep_alive = False
 
     # -- the whole response at once ---------------------------------------------------------
 

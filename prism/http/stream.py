@@ -78,6 +78,11 @@ class PlainStream:
         return self._eof
 
     @property
+    def secure(self) -> bool:
+        """Whether the client speaks TLS."""
+        return False
+
+    @property
     def movable(self) -> bool:
         """Nothing waits here to be sent."""
         return True

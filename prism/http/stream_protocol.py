@@ -92,6 +92,11 @@ class Stream(Protocol):
         ...
 
     @property
+    def secure(self) -> bool:
+        """Whether the client speaks TLS."""
+        ...
+
+    @property
     def movable(self) -> bool:
         """The connection can be handed over now: nothing waits here to be sent."""
         ...

@@ -112,6 +112,11 @@ class TlsStream(PlainStream):
     # -- travelling ------------------------------------------------------------------------
 
     @property
+    def secure(self) -> bool:
+        """It does."""
+        return True
+
+    @property
     def movable(self) -> bool:
         """Nothing that was sealed waits here, neither to be sent nor to be opened."""
         return not self._out and not self._part and not self._broken

@@ -7,10 +7,10 @@ import contextlib
 import socket
 from collections.abc import AsyncIterator, Callable
 
-from prism.flow import Endpoint
 from prism.http.body import ClientGone
 from prism.http.exchange import App, Exchange, error_response
 from prism.http.head import HttpError, parse_head
+from prism.http.origin import origin_of
 from prism.http.stream import PlainStream, has_unread, linger_close
 
 Hook = Callable[[Exchange], None]
@@ -39,9 +39,7 @@ async def serve(sock: socket.socket, app: App, hook: Hook | None = None) -> None
                 continue
             stream.reset_lowat()
             stream.consume(head.length)
-            exchange = Exchange(
-                head, stream, Endpoint.from_sockaddr(sock.getpeername()), b"test", timeout=5
-            )
+            exchange = Exchange(head, stream, origin_of(stream.flow, stream), b"test", timeout=5)
             if hook is not None:
                 hook(exchange)
             try:
