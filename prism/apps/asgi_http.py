@@ -151,8 +151,9 @@ class Cycle:
                 self._told_body = body.complete
                 return {"type": "http.request", "body": piece, "more_body": not body.complete}
             return self._lost(piece)
-        gone = await self._wait(self._disconnect())
-        return self._lost(gone) if isinstance(gone, Exception) else {"type": "http.disconnect"}
+        if not self._client_left():  # at once: who asks may have no time to wait (is_disconnected)
+            await self._wait(self._disconnect())
+        return {"type": "http.disconnect"}
 
     async def _wait(self, waiting: Coroutine[Any, Any, Any]) -> Any:
         """What a wait for input gives, or its error; it ends with the exchange."""
@@ -181,22 +182,29 @@ class Cycle:
     async def _disconnect(self) -> None:
         """Return when the client has ended the connection, or its sending."""
         stream = self._exchange.stream
-        if stream.must_move(True):  # reading could be the end of this socket: sending will tell
-            await asyncio.get_running_loop().create_future()
-        while True:
-            try:
-                if not stream.peek(1) or stream.eof:
-                    return
-            except BlockingIOError:
-                pass
-            except OSError:
-                return
-            else:  # its next request is there already
+        while not (left := self._client_left()):
+            if left is None:
                 await asyncio.get_running_loop().create_future()
             try:
                 await stream.readable(None)
             except OSError:
                 return
+
+    def _client_left(self) -> bool | None:
+        """Whether the client has ended the connection, or its sending; ``None``: cannot be known.
+
+        That is so when its next request is there already, or when reading could be the end of
+        this socket (:meth:`Stream.must_move`); then sending will tell.
+        """
+        stream = self._exchange.stream
+        if stream.must_move(True):
+            return None
+        try:
+            return True if not stream.peek(1) or stream.eof else None
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     # -- what it sends -----------------------------------------------------------------------
 
@@ -208,10 +216,10 @@ class Cycle:
             RuntimeError: this is not what has to come next.
         """
         kind = message["type"]
-        if isinstance(self._failure, ClientGone):
+        if self._failure is not None:  # of a bad body, too: the answer to that is not its affair
             raise Disconnected("the client has gone")
         if self._ended or self._over.done():
-            if self._failure is not None or self._exchange.finished is False:
+            if not self._exchange.finished:
                 raise Disconnected("the client has gone")
             raise RuntimeError(f"{kind!r} after the response was complete")
         try:
