@@ -53,15 +53,19 @@ def frontend(path: Path) -> None:
 
 @cli.command()
 @_config_option
-def backend(path: Path) -> None:
+@click.option("--app", metavar="MODULE:ATTR", help="Serve this ASGI application (backend.app).")
+@click.option(
+    "--upstream", metavar="URL", help="Serve what this server answers (backend.upstream)."
+)
+def backend(path: Path, app: str | None, upstream: str | None) -> None:
     """Take connections over and answer their requests."""
     from prism.backend import run  # noqa: PLC0415
-    from prism.config import load  # noqa: PLC0415
+    from prism.config import load, serving  # noqa: PLC0415
 
     config = load(path)
     if config.backend is None:
         raise ConfigError(f"{path}: has no [backend] section")
-    sys.exit(run(config))
+    sys.exit(run(serving(config, app, upstream)))
 
 
 @cli.command()

@@ -42,6 +42,7 @@ __all__ = [
     "TlsConfig",
     "load",
     "parse",
+    "serving",
 ]
 
 
@@ -127,6 +128,28 @@ def parse(
     if problems:
         raise ConfigError("\n".join(report(source, where, *problem) for problem in problems))
     return config
+
+
+def serving(config: Config, app: str | None, upstream: str | None) -> Config:
+    """The same, but for what the backend serves; ``None``: as it says itself.
+
+    Args:
+        config: with a ``[backend]`` section.
+        app: ASGI application, ``module:attribute``, also found in the working directory.
+        upstream: a server's URL.
+
+    Raises:
+        ConfigError: one of them cannot be, or both are given.
+    """
+    if config.backend is None or (app is None and upstream is None):
+        return config
+    keys = {"app": app, "upstream": upstream} | ({"app_dir": Path.cwd()} if app else {})
+    try:
+        backend = type(config.backend).model_validate(config.backend.model_dump() | keys)
+    except ValidationError as error:
+        raise ConfigError("; ".join(problem["msg"] for problem in error.errors())) from None
+    cluster = config.cluster.model_copy(update={"serves": "application"})
+    return config.model_copy(update={"backend": backend, "cluster": cluster})
 
 
 _PLACE = ("address", "address6", "handoff_port", "relay_port", "workers")

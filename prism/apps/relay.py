@@ -13,6 +13,8 @@ from typing import Final
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from prism.apps.forwarding import DROPPED, FORWARDING, Forwarding
+from prism.apps.passing import SPLICE_FROM, can_splice, splice, tunnel
+from prism.apps.proxy_protocol import proxy_header
 from prism.apps.upstream import (
     HOP_BY_HOP,
     Address,
@@ -25,6 +27,7 @@ from prism.apps.upstream import (
 from prism.http.body import ClientGone
 from prism.http.exchange import Exchange, Headers, Rest
 from prism.http.head import HttpError, RequestHead
+from prism.http.response import send_all, status_line
 from prism.http.stream import Stream
 
 __all__ = ["Relay", "RelayTo", "request_head"]
@@ -45,6 +48,7 @@ class Relay:
             and between two pieces of its body.
         max_connections: to each upstream server.
         forwarding: how the server hears of the client.
+        proxy_protocol: begin each connection with a PROXY header, and share it between no clients.
     """
 
     def __init__(
@@ -54,11 +58,14 @@ class Relay:
         response_timeout: float = 60.0,
         max_connections: int = 128,
         forwarding: Forwarding = "x-forwarded",
+        proxy_protocol: bool = False,
     ) -> None:
         self._connect_timeout = connect_timeout
         self._timeout = response_timeout
         self._max_connections = max_connections
         self._forwarding: Forwarding = forwarding
+        self._proxy_protocol = proxy_protocol
+        self._tunnels: set[Upstream] = set()
         self._pools: dict[Address, Pool] = {}
 
     def to(self, address: Address) -> RelayTo:
@@ -69,6 +76,11 @@ class Relay:
         """Closes all idle connections."""
         for pool in self._pools.values():
             pool.close_idle()
+
+    def end_tunnels(self) -> None:
+        """Closes the connections that have been switched to other protocols."""
+        for upstream in list(self._tunnels):
+            upstream.stream.close()
 
     async def relay(self, exchange: Exchange, address: Address, extra: Headers = ()) -> None:
         """Relays one exchange.
@@ -90,6 +102,8 @@ class Relay:
                 address, limit=self._max_connections, connect_timeout=self._connect_timeout
             )
         request = request_head(exchange, address, self._forwarding, extra)
+        if self._proxy_protocol:
+            request = proxy_header(exchange.origin) + request
         upstream = await pool.acquire()
         try:
             await self._attempt(exchange, upstream, request)
@@ -109,11 +123,17 @@ class Relay:
 
     async def _attempt(self, exchange: Exchange, upstream: Upstream, request: bytes) -> None:
         """Sends the request and passes the response on; raises UpstreamError."""
+        try:
+            await self._exchange(exchange, upstream, request)
+        finally:
+            upstream.reusable &= not self._proxy_protocol
+
+    async def _exchange(self, exchange: Exchange, upstream: Upstream, request: bytes) -> None:
         await upstream.send(request, self._timeout)
         if exchange.body.complete:
             watch = _Watch(exchange.stream, upstream)
             try:
-                await self._respond(exchange, upstream, None, None)
+                await self._respond(exchange, upstream, None, None, watch)
             except UpstreamError:
                 if watch.gone:
                     raise ClientGone("the client went away before the response") from None
@@ -169,9 +189,15 @@ class Relay:
         upstream: Upstream,
         sender: asyncio.Task[bool] | None,
         asked: asyncio.Event | None,
+        watch: _Watch | None = None,
     ) -> None:
         head = await self._final_head(exchange, upstream, sender, asked)
+        if watch is not None and head.status == 101:
+            watch.end()  # a tunnel reads for itself
         exchange.status = head.status
+        if head.status == 101:
+            await self._switch(exchange, upstream, head)
+            return
         bodiless = exchange.bodiless
         upstream.begin_body(head, bodiless=bodiless)
         try:
@@ -188,9 +214,38 @@ class Relay:
             rest = exchange.write_now(piece)
             if rest is not None:
                 await rest
+            if upstream.left >= SPLICE_FROM and can_splice(exchange.stream, upstream.stream):
+                await self._splice(exchange, upstream)
         await exchange.end()
         delimited = bodiless or head.chunked or head.length is not None
         upstream.reusable = head.keep_alive and delimited and upstream.drained
+
+    async def _splice(self, exchange: Exchange, upstream: Upstream) -> None:
+        """Pass the rest of a response's body on without copying it."""
+        due = upstream.left
+        try:
+            passed = await splice(upstream.stream, exchange.stream, due, self._timeout)
+        except TimeoutError:
+            raise UpstreamError("the upstream's response stands still") from None
+        except OSError as error:
+            raise UpstreamError(f"the upstream's connection broke: {error}") from None
+        upstream.passed(passed)
+        exchange.passed(passed)
+
+    async def _switch(self, exchange: Exchange, upstream: Upstream, head: ResponseHead) -> None:
+        """Both sides have agreed on another protocol: pass its octets on, until they end."""
+        if not wants_upgrade(exchange.head):
+            raise UpstreamError("the upstream switched protocols without being asked to")
+        lines = [*head.headers, (b"Connection", b"Upgrade"), (b"Upgrade", head.upgrade)]
+        fields = b"".join(b"%b: %b\r\n" % field for field in lines)
+        exchange.give_away()
+        self._tunnels.add(upstream)
+        try:
+            response = status_line(101) + fields + b"\r\n"
+            await send_all(exchange.stream, response, exchange.timeout)
+            await tunnel(exchange.stream, upstream.stream, upstream.take_rest())
+        finally:
+            self._tunnels.discard(upstream)
 
     async def _final_head(
         self,
@@ -208,11 +263,9 @@ class Relay:
                 if sender is not None and not sender.done():
                     continue  # the request is still on its way; its sender has its own time-outs
                 raise HttpError(504, "the upstream took too long to respond") from None
-            if head.status >= 200:
+            if head.status >= 200 or head.status == 101:
                 return head
             interim += 1
-            if head.status == 101:
-                raise UpstreamError("the upstream switched protocols without being asked to")
             if head.status == 100:
                 if asked is not None:
                     asked.set()  # reading the body then asks the client for it
@@ -295,12 +348,28 @@ def request_head(
         parts.append(b"Transfer-Encoding: chunked\r\n")
     elif head.content_length is not None:
         parts.append(b"Content-Length: %d\r\n" % head.content_length)
+    if wants_upgrade(head):
+        parts.append(b"Connection: Upgrade\r\nUpgrade: %b\r\n" % (head.upgrade or b""))
     if head.expect_continue:
         parts.append(b"Expect: 100-continue\r\n")
     parts.append(FORWARDING[forwarding](head, exchange.origin))
     parts += [b"%b: %b\r\n" % field for field in extra]
     parts.append(b"\r\n")
     return b"".join(parts)
+
+
+def wants_upgrade(head: RequestHead) -> bool:
+    """Whether a request's wish for another protocol is passed on.
+
+    Only WebSockets': what speaks HTTP inside (``h2c``) would get requests past the policy.
+    """
+    upgrade = head.upgrade
+    return (
+        upgrade is not None
+        and upgrade.lower() == b"websocket"
+        and head.method == b"GET"
+        and not head.has_body
+    )
 
 
 def _host_of(address: Address) -> bytes:

@@ -25,6 +25,7 @@ class UnmodifiedServer:
             response_timeout=backend.upstream_timeout,
             max_connections=backend.upstream_connections,
             forwarding=backend.upstream_forwarded,
+            proxy_protocol=backend.upstream_proxy_protocol,
         )
         self._app = self._relay.to(backend.upstream)
 
@@ -36,9 +37,10 @@ class UnmodifiedServer:
         return self._app.handle(exchange)
 
     def stop(self) -> None:
-        """Idle connections end."""
+        """Idle connections and tunnels end."""
         self._relay.close()
+        self._relay.end_tunnels()
 
     async def close(self) -> None:
         """Close what is open."""
-        self._relay.close()
+        self.stop()

@@ -62,6 +62,7 @@ class ResponseHead(NamedTuple):
     length: int | None  # of the body; None when chunked or ended by closing, or not declared
     chunked: bool
     keep_alive: bool  # the connection can be used again after the body
+    upgrade: bytes  # the protocol switched to, in a 101 response
 
 
 class _Fields:
@@ -97,6 +98,7 @@ def parse_response_head(block: bytes) -> ResponseHead:
     codings: list[bytes] = []
     connection: list[bytes] = []
     headers = []
+    upgrade = b""
     for name, value in collector.fields:
         lower = name.lower()
         if lower == b"content-length":
@@ -107,6 +109,8 @@ def parse_response_head(block: bytes) -> ResponseHead:
             codings.append(value.lower())
         elif lower == b"connection":
             connection.append(value)
+        elif lower == b"upgrade":
+            upgrade = value
         elif lower not in HOP_BY_HOP:
             headers.append((name, value))
     if codings and (codings != [b"chunked"] or length is not None):
@@ -116,7 +120,8 @@ def parse_response_head(block: bytes) -> ResponseHead:
         headers = [field for field in headers if field[0].lower() not in options]
     old = parser.get_http_version() != "1.1"
     keep = b"keep-alive" in options if old else b"close" not in options
-    return ResponseHead(parser.get_status_code(), headers, length, bool(codings), keep)
+    status = parser.get_status_code()
+    return ResponseHead(status, headers, length, bool(codings), keep, upgrade)
 
 
 class Upstream:
@@ -227,6 +232,23 @@ class Upstream:
             raise
         except OSError as error:
             raise UpstreamError(f"the upstream's connection broke: {error}") from None
+
+    def take_rest(self) -> bytes:
+        """What was received behind the head: of the protocol that was switched to."""
+        rest, self._buffer = self._buffer, b""
+        return rest
+
+    @property
+    def left(self) -> int:
+        """Octets of the body that are still in the socket, where its length was declared."""
+        if self._decoder is not None or self._left is None or self._buffer:
+            return 0
+        return self._left
+
+    def passed(self, n: int) -> None:
+        """Count octets of the body that went past this object."""
+        if self._left is not None:
+            self._left -= n
 
     def begin_body(self, head: ResponseHead, *, bodiless: bool) -> None:
         """Sets the framing of the body that follows ``head``."""

@@ -51,8 +51,12 @@ def lab() -> None:
 @click.option(
     "--store", type=click.Path(path_type=Path, file_okay=False), help="Keep objects here."
 )
-@click.option("--app", help="ASGI application, module:attribute (not yet available).")
-@click.option("--upstream", help="Server command on each backend (not yet available).")
+@click.option("--app", metavar="MODULE:ATTR", help="Backends serve this ASGI application.")
+@click.option(
+    "--upstream",
+    metavar="CMD",
+    help="Run this server beside each backend, at port $PRISM_PORT, and serve what it answers.",
+)
 @click.option(
     "--placement",
     default="partitioned",
@@ -61,11 +65,9 @@ def lab() -> None:
 )
 @click.option("--set", "settings", multiple=True, metavar="SECTION.KEY=VALUE", help="Any setting.")
 @click.option("--detach", is_flag=True, help="Leave it running; end it with: lab down.")
-def up(  # noqa: PLR0917
+def up(
     name: str,
     kind: str,
-    app: str | None,
-    upstream: str | None,
     settings: tuple[str, ...],
     detach: bool,
     **options: Any,
@@ -73,10 +75,8 @@ def up(  # noqa: PLR0917
     """Bring a cluster up; without --detach, until Ctrl-C."""
     from prism.lab.cluster import Cluster, Options  # noqa: PLC0415
 
-    missing = {"--switch p4runtime": kind == "p4runtime", "--app": app}
-    for option, given in {**missing, "--upstream": upstream}.items():
-        if given:
-            raise ConfigError(f"lab up {option}: not yet available")
+    if kind == "p4runtime":
+        raise ConfigError("lab up --switch p4runtime: not yet available")
     chosen = Options(switch=kind, settings=_settings(settings), **options)
     cluster = Cluster(name, chosen)
     cluster.keeper = not detach

@@ -219,6 +219,12 @@ class Exchange:
             return self._send_pieces(head, data, b"\r\n")
         return self._send_pieces(head, data, b"")
 
+    def passed(self, n: int) -> None:
+        """Counts octets of the body that went from another socket to the client's."""
+        self.sent += n
+        if self._left is not None:
+            self._left -= n
+
     async def end(self) -> None:
         """Ends the response.
 

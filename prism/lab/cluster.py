@@ -23,6 +23,7 @@ from prism.config import Config, load
 from prism.errors import ConfigError, PrismError
 from prism.lab import files, report
 from prism.lab.certificates import ca_file, make_node_certificates, make_service_certificate
+from prism.lab.servers import start_servers
 from prism.lab.settings import settings_of
 from prism.lab.topology import Topology, check_name, namespaces_of, parse_rate, remove_all
 from prism.process import start_time
@@ -50,6 +51,9 @@ class Options:
         placement: name of the placement.
         settings: further settings, ``{"frontend.handoff": "never"}``.
         trace: whether the nodes log each handoff step by step.
+        app: ASGI application that the backends serve, found in the working directory.
+        upstream: shell command of a server to run beside each backend, which it serves; see
+            :mod:`prism.lab.servers`.
         tls: whether HTTPS is served on port 443, beside plain HTTP on port 80.
     """
 
@@ -64,6 +68,8 @@ class Options:
     settings: Mapping[str, Any] = field(default_factory=dict)
     trace: bool = True
     tls: bool = False
+    app: str | None = None
+    upstream: str | None = None
 
 
 @dataclass(slots=True)
@@ -112,12 +118,15 @@ class Cluster:
         check_name(name)
         self.name = name
         self.options = options or Options(**keywords)
+        if self.options.app and self.options.upstream:
+            raise ConfigError("--app and --upstream exclude each other: the backends serve one")
         self.dir = files.directory(name)
         rate = parse_rate(self.options.rate) if self.options.rate else None
         self.topology = Topology(
             name, backends=self.options.backends, frontends=self.options.frontends, rate=rate
         )
         self.nodes: dict[str, Node] = {}
+        self.servers: list[subprocess.Popen[bytes]] = []
         self.keeper = False  # whether "lab down" shall stop this very process first
 
     @classmethod
@@ -171,6 +180,7 @@ class Cluster:
             try:
                 self._prepare()
                 self.topology.build()
+                self.servers = start_servers(self)
                 self._start_all()
             except BaseException:
                 self._clean()
@@ -215,6 +225,9 @@ class Cluster:
         for node in self.nodes.values():
             if node.process is not None:
                 node.process.wait()
+        for server in self.servers:
+            server.wait()
+        self.servers.clear()
         self.nodes.clear()
         files.remove(self.name)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prism.errors import ConfigError
 from prism.lab.certificates import tls_settings
+from prism.lab.servers import URL
 
 if TYPE_CHECKING:
     from prism.lab.cluster import Cluster, Node
@@ -29,6 +31,7 @@ def settings_of(cluster: Cluster, node: Node) -> dict[str, Any]:
             "key_file": str(cluster.dir / "cluster.key"),
             "pki_dir": str(cluster.dir / "pki"),
             "control": str(topology.control),
+            "serves": "application" if options.app or options.upstream else "objects",
             "services": [str(service) for service in topology.services(80)],
         },
         "placement": {"name": options.placement},
@@ -62,6 +65,13 @@ def settings_of(cluster: Cluster, node: Node) -> dict[str, Any]:
     return settings
 
 
+def _app(cluster: Cluster) -> dict[str, Any]:
+    """What a backend serves instead of its store."""
+    if cluster.options.app is not None:
+        return {"app": cluster.options.app, "app_dir": str(Path.cwd())}
+    return {"upstream": URL} if cluster.options.upstream is not None else {}
+
+
 def _role(cluster: Cluster, node: Node) -> dict[str, Any]:
     options = cluster.options
     if node.role == "switch":
@@ -74,7 +84,7 @@ def _role(cluster: Cluster, node: Node) -> dict[str, Any]:
     if node.role == "backend":
         store = (options.store or cluster.dir / "store").absolute() / node.name
         store.mkdir(parents=True, exist_ok=True)
-        return {"name": node.name, "store": str(store)}
+        return {"name": node.name, "store": str(store), **_app(cluster)}
     site = next(site for site in cluster.topology.frontends if site.role == node.name)
     return {
         "name": node.name,

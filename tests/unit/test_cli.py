@@ -86,9 +86,7 @@ def test_a_role_without_its_section_is_refused(prism: Prism, tmp_path: Path, com
     assert f"has no [{command}] section" in done.stderr
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--switch", "p4runtime"], ["--app", "a:b"], ["--upstream", "x"]]
-)
+@pytest.mark.parametrize("arguments", [["--switch", "p4runtime"]])
 def test_what_is_not_there_yet_says_so(prism: Prism, arguments: list[str]) -> None:
     done = prism("lab", "up", "--name", "pt-none", *arguments)
     assert done.returncode == 2

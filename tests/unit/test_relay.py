@@ -129,7 +129,7 @@ async def test_files_from_nginx(nginx: tuple[int, Path]) -> None:
         async with relaying(address) as port:
             status, fields, body = await curl(port, "/file")
             assert (status, body == whole) == (200, True)
-            assert fields["via"] == "1.1 prism"
+            assert "via" not in fields
             assert fields["server"].startswith("nginx")
             etag = fields["etag"]
             status, fields, body = await curl(port, "/file", "-r", "10-19")
@@ -451,6 +451,6 @@ def test_response_heads() -> None:
     head = parse_response_head(
         b"HTTP/1.1 200 OK\r\nA: b\r\nKeep-Alive: x\r\nContent-Length:0\r\n\r\n"
     )
-    assert head == (200, [(b"A", b"b")], 0, False, True)
+    assert head == (200, [(b"A", b"b")], 0, False, True, b"")
     with pytest.raises(UpstreamError):
         parse_response_head(b"HTTP/1.1 200 OK\r\nA\0: b\r\n\r\n")
