@@ -135,6 +135,21 @@ def test_websockets_through_handoff(fastapi: Bed, secure: bool) -> None:
     assert told == {"code": 1000}
 
 
+def test_what_is_relayed_to_an_application_is_answered_alike() -> None:
+    options = {"frontend.handoff": "never"}
+    with inside(ROOT / "tests/unit"), bed(app="asgi_app:app", tls=True, settings=options) as found:
+        for secure in (False, True):
+            url = base(found, secure)
+            status, _, body = curl(found, "client", f"{url}/whoami", "-H", "X-User: ada")
+            told = json.loads(body)
+            assert (status, told["scheme"]) == (200, url.partition(":")[0])
+            assert told["client"][0] == found.cluster.topology.client.address
+            assert not {"prism-origin", "via", "x-forwarded-for"} & set(told["headers"])
+            echo = f"{url.replace('http', 'ws')}/echo"
+            assert client(found, WEBSOCKET, echo, str(found.cluster.ca_file)) == {"code": 1000}
+        assert found.total("handoffs_out") == 0
+
+
 def test_the_file_server_example(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FILES", str(tmp_path / "files"))
