@@ -15,10 +15,44 @@ __all__ = ["SwitchConfig"]
 class SwitchConfig(Section):
     """The switch: its data plane and the agent beside it."""
 
-    kind: Literal["ebpf", "userspace"] = Field(
+    kind: Literal["ebpf", "p4runtime", "userspace"] = Field(
         "ebpf",
-        description="`ebpf`: in the kernel. `userspace`: the rule table alone, without a data "
-        "plane, for trying nodes out.",
+        description="`ebpf`: in the kernel. `p4runtime`: any switch that runs `p4/prism.p4`, see "
+        "`p4runtime_address`. `userspace`: the rule table alone, without a data plane, for trying "
+        "nodes out.",
+    )
+    p4runtime_address: str = Field(
+        "127.0.0.1:9559", description="`p4runtime`: HOST:PORT of the switch's gRPC service."
+    )
+    p4runtime_device: int = Field(1, ge=0, lt=2**63, description="`p4runtime`: its device id.")
+    p4runtime_priority: int = Field(
+        1,
+        ge=0,
+        lt=2**63,
+        description="`p4runtime`: the agent with the highest one is the primary, others wait.",
+    )
+    p4runtime_timeout: Seconds = Field(
+        2.0, description="`p4runtime`: seconds for a call of the switch."
+    )
+    p4runtime_ca: Path | None = Field(
+        None,
+        description="`p4runtime`: PEM file of the CA of the switch's certificate; without it the "
+        "connection is in the clear.",
+    )
+    p4runtime_certificate: Path | None = Field(
+        None, description="`p4runtime`: PEM file of the certificate to show the switch."
+    )
+    p4runtime_key: Path | None = Field(None, description="`p4runtime`: PEM file of its key.")
+    p4info: Path | None = Field(
+        None, description="`p4runtime`: another p4info than the one that comes with Prism."
+    )
+    p4_device_config: Path | None = Field(
+        None, description="`p4runtime`: what the target runs; for bmv2 the JSON of p4c."
+    )
+    p4runtime_listen: str | None = Field(
+        None,
+        description="`ebpf`: HOST:PORT where the switch serves P4Runtime. It is programmed by that "
+        "alone then, and answers no control datagrams.",
     )
     interfaces: tuple[Annotated[str, Field(min_length=1, max_length=15)], ...] = Field(
         (), max_length=256, description="Network devices whose packets it sees."

@@ -47,6 +47,11 @@ def lab() -> None:
     show_default=True,
     type=click.Choice(["ebpf", "p4runtime"]),
 )
+@click.option(
+    "--p4runtime-address",
+    metavar="HOST:PORT",
+    help="With --switch p4runtime: drive this switch instead of the soft switch.",
+)
 @click.option("--lock", default="hold", show_default=True, type=click.Choice(["hold", "drop"]))
 @click.option(
     "--store", type=click.Path(path_type=Path, file_okay=False), help="Keep objects here."
@@ -75,8 +80,8 @@ def up(
     """Bring a cluster up; without --detach, until Ctrl-C."""
     from prism.lab.cluster import Cluster, Options  # noqa: PLC0415
 
-    if kind == "p4runtime":
-        raise ConfigError("lab up --switch p4runtime: not yet available")
+    if options["p4runtime_address"] and kind != "p4runtime":
+        raise ConfigError("lab up --p4runtime-address goes with --switch p4runtime")
     chosen = Options(switch=kind, settings=_settings(settings), **options)
     cluster = Cluster(name, chosen)
     cluster.keeper = not detach

@@ -23,6 +23,7 @@ from prism.config import Config, load
 from prism.errors import ConfigError, PrismError
 from prism.lab import files, report
 from prism.lab.certificates import ca_file, make_node_certificates, make_service_certificate
+from prism.lab.netns import Namespace
 from prism.lab.servers import start_servers
 from prism.lab.settings import settings_of
 from prism.lab.topology import Topology, check_name, namespaces_of, parse_rate, remove_all
@@ -45,7 +46,9 @@ class Options:
         backends, frontends: how many of each.
         workers: worker processes of each node.
         rate: of each node's link, each way, such as ``200mbit``; ``None``: unlimited.
-        switch: ``ebpf``.
+        switch: ``ebpf``, or ``p4runtime``: an agent that drives a switch over P4Runtime.
+        p4runtime_address: of that switch, as the lab's switch namespace reaches it; ``None``:
+            the soft switch, a process of its own (node ``plane``).
         lock: ``hold`` or ``drop``.
         store: directory with one object store for each backend; ``None``: a temporary one.
         placement: name of the placement.
@@ -70,6 +73,7 @@ class Options:
     tls: bool = False
     app: str | None = None
     upstream: str | None = None
+    p4runtime_address: str | None = None
 
 
 @dataclass(slots=True)
@@ -237,7 +241,10 @@ class Cluster:
         files.create(self.name)
         (self.dir / "cluster.key").touch(mode=0o600)
         (self.dir / "cluster.key").write_text(secrets.token_hex(32) + "\n")
-        self._add("switch", "switch", self.topology.switch.name, self.topology.control.host)
+        place = (self.topology.switch.name, self.topology.control.host)
+        if self.options.switch == "p4runtime" and self.options.p4runtime_address is None:
+            self._add("plane", "switch", *place)
+        self._add("switch", "switch", *place)
         for role, sites in (
             ("frontend", self.topology.frontends),
             ("backend", self.topology.backends),
@@ -257,9 +264,11 @@ class Cluster:
 
     def _start_all(self) -> None:
         """The switch first, since nodes register with it; then all others at once."""
-        self._start(self.nodes["switch"])
-        self._write_state()
-        self._wait_ready([self.nodes["switch"]])
+        for node in self.nodes.values():
+            if node.role == "switch":
+                self._start(node)
+                self._write_state()
+                self._wait_ready([node])
         others = [node for node in self.nodes.values() if node.role != "switch"]
         for node in others:
             self._start(node)
@@ -269,7 +278,7 @@ class Cluster:
     def _start(self, node: Node) -> None:
         command = [sys.executable, "-m", "prism", node.role, "-c", str(node.config)]
         with node.log.open("ab") as log:
-            node.process = self.topology.namespace(node.name).popen(
+            node.process = Namespace(node.namespace).popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -19,12 +19,14 @@ def status(cluster: Cluster) -> dict[str, Any]:
     counters = [
         document.get("counters", {})
         for name, documents in told.items()
-        if name != "switch"
+        if name not in ("switch", "plane")
         for document in documents
     ]
-    switch: dict[str, Any] = next(
-        (document.get("counters", {}) for document in told.get("switch", [])), {}
-    )
+    # A switch that is driven over P4Runtime has two processes: what holds packets, and the agent.
+    switch: dict[str, Any] = {}
+    for name in ("plane", "switch"):
+        for document in told.get(name, []):
+            switch |= document.get("counters", {})
     return {
         "name": cluster.name,
         "url": cluster.url,

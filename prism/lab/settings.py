@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["settings_of"]
 
+P4RUNTIME = "127.0.0.1:9559"  # the soft switch's service, in the switch's namespace
 _ROLES = ("frontend", "backend", "switch")
 _COMMON = ("cluster", "placement", "telemetry")
 _TLS = ("frontend", "backend")  # roles that serve clients; only frontends have the keys
@@ -74,9 +75,17 @@ def _app(cluster: Cluster) -> dict[str, Any]:
 
 def _role(cluster: Cluster, node: Node) -> dict[str, Any]:
     options = cluster.options
-    if node.role == "switch":
+    if node.role == "switch" and node.name != "plane" and options.switch == "p4runtime":
         return {
-            "kind": options.switch,
+            "kind": "p4runtime",
+            "p4runtime_address": options.p4runtime_address or P4RUNTIME,
+            "p4runtime_device": 1 if options.p4runtime_address is None else 0,
+        }
+    if node.role == "switch":
+        served = {"p4runtime_listen": P4RUNTIME} if node.name == "plane" else {}
+        return {
+            "kind": "ebpf",
+            **served,
             "interfaces": list(cluster.topology.interfaces),
             "lock": options.lock,
             "pin_dir": str(cluster.dir / "bpf/prism"),

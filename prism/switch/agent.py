@@ -83,7 +83,10 @@ class Agent:
     Attributes:
         settings: what it was told.
         store: the kernel's table, once started.
+        answers_nodes: whether nodes ask this switch, so that leases are its business.
     """
+
+    answers_nodes = True
 
     def __init__(self, settings: AgentSettings) -> None:
         """Prepare an agent; nothing is touched before :meth:`start`.
@@ -93,7 +96,7 @@ class Agent:
         """
         if len(settings.key) != KEY_SIZE:
             raise ValueError(f"a cluster key has {KEY_SIZE} octets, not {len(settings.key)}")
-        if not settings.control:
+        if not settings.control and self.answers_nodes:
             raise ValueError("the switch needs a control address")
         self.settings = settings
         self.store: EbpfSwitch
@@ -130,10 +133,9 @@ class Agent:
         except BaseException:
             self._closers.close()
             raise
-        self._tasks = [
-            asyncio.create_task(self._reaper.run()),
-            asyncio.create_task(self._watch_ports()),
-        ]
+        self._tasks = [asyncio.create_task(self._watch_ports())]
+        if self.answers_nodes:
+            self._tasks.append(asyncio.create_task(self._reaper.run()))
         _log.info(
             "switch agent started, tables %s, %d rules, ports %s",
             "adopted" if self.store.adopted else "made",

@@ -11,6 +11,7 @@ from enum import IntEnum
 from typing import NamedTuple, Protocol
 
 from prism.flow import Endpoint
+from prism.switch.control import Status
 
 __all__ = ["Change", "DataPlane", "Event", "EventKind", "Node", "PacketStore", "Rule", "RuleStore"]
 
@@ -114,8 +115,8 @@ class Change(NamedTuple):
 class DataPlane(Protocol):
     """A switch that a control server programs (a P4 target)."""
 
-    async def apply(self, changes: Sequence[Change]) -> Sequence[bool]:
-        """Bring the data plane from ``before`` to ``after``; which of the changes succeeded.
+    async def apply(self, changes: Sequence[Change]) -> Sequence[Status]:
+        """Bring the data plane from ``before`` to ``after``; ``OK``, ``FULL`` or ``INVALID`` each.
 
         Changes of one call are of different flows. One that fails leaves ``before`` in force.
 

@@ -302,7 +302,7 @@ class EbpfSwitch:
         return self._operate(Op.UNLOCK, flow, gen=gen) == Status.OK
 
     def add(self, rule: Rule) -> Status:
-        """Make a rule; its generation is the switch's choice.
+        """Make a rule; its generation, where it has none, is the switch's choice.
 
         Returns:
             ``OK``, ``EXISTS``, ``FULL`` or ``INVALID``.
@@ -310,11 +310,31 @@ class EbpfSwitch:
         return self._operate(
             Op.ADD,
             rule.flow,
+            gen=rule.gen,
             owner=rule.owner,
             endpoint=rule.owner_endpoint,
             mac=rule.owner_mac,
             locked=rule.locked,
             cookie=rule.cookie,
+        )
+
+    def chown(self, gen: int, rule: Rule) -> Status:
+        """Give the rule of a flow another owner, state and generation, if it still has ``gen``.
+
+        Its cookie stays.
+
+        Returns:
+            ``OK``, ``NOENT``, ``STALE``, ``EXISTS``, ``FULL`` or ``INVALID``.
+        """
+        return self._operate(
+            Op.CHOWN,
+            rule.flow,
+            gen=gen,
+            owner=rule.owner,
+            endpoint=rule.owner_endpoint,
+            mac=rule.owner_mac,
+            locked=rule.locked,
+            cookie=rule.gen,
         )
 
     def _operate(

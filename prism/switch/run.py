@@ -22,7 +22,7 @@ __all__ = ["agent_settings", "remove", "run"]
 def agent_settings(config: Config, switch: SwitchConfig) -> AgentSettings:
     """What the agent is told by a configuration file."""
     return AgentSettings(
-        control=(config.cluster.control,),
+        control=() if switch.p4runtime_listen else (config.cluster.control,),
         key=config.cluster.control_key(),
         interfaces=switch.interfaces,
         pin_dir=switch.pin_dir,
@@ -44,8 +44,12 @@ def run(config: Config) -> int:
     """
     if config.switch is None:
         raise ConfigError("the configuration has no [switch] section: add one")
-    main = _main_ebpf if config.switch.kind == "ebpf" else _main_userspace
+    main = {"ebpf": _main_ebpf, "p4runtime": _main_p4, "userspace": _main_userspace}[
+        config.switch.kind
+    ]
     switch = config.switch
+    if switch.kind == "p4runtime" or switch.p4runtime_listen:
+        _need_p4()
 
     async def worker(_: int, stop: asyncio.Event) -> None:
         await main(config, switch, stop)
@@ -73,8 +77,37 @@ def remove(config: Config) -> None:
     asyncio.run(flush())
 
 
+def _need_p4() -> None:
+    """Raises ConfigError without the extra."""
+    try:
+        import grpc  # noqa: F401, PLC0415
+        from p4.v1 import p4runtime_pb2  # noqa: F401, PLC0415
+    except ImportError as error:
+        raise ConfigError(
+            f"P4Runtime needs more packages ({error}): pip install 'prism-proxy[p4]'"
+        ) from None
+
+
 async def _main_ebpf(config: Config, switch: SwitchConfig, stop: asyncio.Event) -> None:
-    agent = Agent(agent_settings(config, switch))
+    if switch.p4runtime_listen:
+        from prism.switch.p4service_agent import ServedAgent  # noqa: PLC0415
+
+        agent: Agent = ServedAgent(
+            agent_settings(config, switch), switch.p4runtime_listen, switch.p4runtime_device
+        )
+    else:
+        agent = Agent(agent_settings(config, switch))
+    await agent.start()
+    try:
+        await _publish_until(config, stop, agent.status)
+    finally:
+        await agent.stop()
+
+
+async def _main_p4(config: Config, switch: SwitchConfig, stop: asyncio.Event) -> None:
+    from prism.switch.p4runtime_agent import P4Agent  # noqa: PLC0415
+
+    agent = P4Agent(config, switch)
     await agent.start()
     try:
         await _publish_until(config, stop, agent.status)

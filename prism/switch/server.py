@@ -10,15 +10,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from prism.errors import ProtocolError, SwitchError
 from prism.flow import Endpoint
-from prism.switch.base import Change, DataPlane
-from prism.switch.control import KEY_SIZE, Message, Op, Status, decode, encode
+from prism.switch.base import Change, DataPlane, Rule
+from prism.switch.control import AGENT, KEY_SIZE, Message, Op, Status, decode, encode
 from prism.switch.listing import Lister
 from prism.switch.table import Outcome, RuleTable, rule_message
 
@@ -27,6 +28,7 @@ __all__ = ["ServerCounters", "SwitchServer"]
 _log = logging.getLogger(__name__)
 _Address = tuple[Any, ...]
 _MAX_WAITING: Final = 65536  # requests that wait for the driver
+_REAPED: Final = 1  # in place of a node: the rule goes with its owner's lease
 _MAX_BATCH: Final = 256  # changes in one call of the driver
 
 
@@ -51,6 +53,8 @@ class SwitchServer(asyncio.DatagramProtocol):
         table: the rules and leases.
         counters: what has happened so far.
         endpoint: where it listens, once started.
+        suspended: whether all but HELLO is dropped, for the data plane cannot be reached.
+        strangers_die_at: when (loop time) rules of owners that never said HELLO are deleted.
     """
 
     def __init__(
@@ -61,6 +65,8 @@ class SwitchServer(asyncio.DatagramProtocol):
         table: RuleTable | None = None,
         driver: DataPlane | None = None,
         sweep: float = 0.25,
+        on_reply: Callable[[Message], object] | None = None,
+        on_expired: Callable[[bytes], object] | None = None,
     ) -> None:
         """Prepare a server.
 
@@ -70,6 +76,8 @@ class SwitchServer(asyncio.DatagramProtocol):
             table: a table to serve, by default a new one.
             driver: the switch to program; without one the table is all there is.
             sweep: seconds between two looks for nodes whose lease ran out.
+            on_reply: takes the nodes' answers to QUERY.
+            on_expired: told the packed flow of every rule deleted with its owner's lease.
 
         Raises:
             ValueError: the key has not 16 octets.
@@ -79,10 +87,15 @@ class SwitchServer(asyncio.DatagramProtocol):
         self.table = RuleTable() if table is None else table
         self.counters = ServerCounters()
         self.endpoint = endpoint
+        self.suspended = False
         self._key = key
         self._driver = driver
         self._sweep = sweep
         self._lister = Lister(self.table)
+        self._on_reply = on_reply
+        self._on_expired = on_expired
+        self._then: dict[bytes, Callable[[], object]] = {}  # what waits for a rule's end
+        self.strangers_die_at = math.inf
         self._busy: dict[bytes, deque[tuple[Message, _Address]]] = {}  # flow -> what waits for it
         self._waiting = 0
         self._queue: deque[tuple[Outcome, _Address | None]] = deque()
@@ -131,7 +144,13 @@ class SwitchServer(asyncio.DatagramProtocol):
             self.counters.bad_datagrams += 1
             return
         if request.is_reply:
-            self.counters.bad_datagrams += 1
+            if request.op == Op.QUERY and self._on_reply is not None:
+                self._on_reply(request)
+            else:
+                self.counters.bad_datagrams += 1
+            return
+        if self.suspended and request.op != Op.HELLO:
+            self.counters.overflows += 1
             return
         try:
             answer = self.table.admit(request, Endpoint.from_sockaddr(addr))
@@ -157,6 +176,9 @@ class SwitchServer(asyncio.DatagramProtocol):
                 return
             self._waiting += 1
             waiting.append((request, addr))
+            return
+        if len(self._queue) >= _MAX_WAITING:
+            self.counters.overflows += 1
             return
         outcome = self.table.execute(request)
         if outcome.change is None or self._driver is None:
@@ -184,13 +206,13 @@ class SwitchServer(asyncio.DatagramProtocol):
             while self._queue:
                 batch = [self._queue.popleft() for _ in range(min(_MAX_BATCH, len(self._queue)))]
                 changes = [outcome.change for outcome, _ in batch if outcome.change is not None]
-                for (outcome, addr), good in zip(
+                for (outcome, addr), status in zip(
                     batch, await self._apply(driver, changes), strict=True
                 ):
-                    self._settle(outcome, addr, good)
+                    self._settle(outcome, addr, status)
 
-    async def _apply(self, driver: DataPlane, changes: Sequence[Change]) -> Sequence[bool | None]:
-        """Whether each change is in force; ``None``: the driver could not be asked."""
+    async def _apply(self, driver: DataPlane, changes: Sequence[Change]) -> Sequence[Status | None]:
+        """What became of each change; ``None``: the driver could not be asked."""
         try:
             return await driver.apply(changes)
         except SwitchError as error:
@@ -198,18 +220,19 @@ class SwitchServer(asyncio.DatagramProtocol):
             _log.warning("the data plane took none of %d changes: %s", len(changes), error)
             return [None] * len(changes)
 
-    def _settle(self, outcome: Outcome, addr: _Address | None, good: bool | None) -> None:
+    def _settle(self, outcome: Outcome, addr: _Address | None, status: Status | None) -> None:
         change, reply = outcome.change, outcome.reply
-        if not good and change is not None:
-            self.counters.driver_errors += good is not None
+        if status != Status.OK and change is not None:
+            self.counters.driver_errors += status is not None
             self.table.restore(change)
-            before = change.before
-            reply = (
-                reply.reply(Status.FULL)
-                if before is None
-                else rule_message(reply, before, Status.FULL)
-            )
-        if addr is not None and good is not None:  # else: let the node ask again
+            before, refusal = change.before, status or Status.FULL
+            reply = reply.reply(refusal) if before is None else rule_message(reply, before, refusal)
+        elif addr is None and self._on_expired is not None and reply.node == _REAPED:
+            self._on_expired(reply.flow)
+        then = self._then.pop(reply.flow, None)
+        if then is not None:
+            then()
+        if addr is not None and status is not None:  # else: let the node ask again
             self._send([reply], addr)
         waiting = self._busy.pop(reply.flow, deque())
         while waiting:
@@ -232,6 +255,10 @@ class SwitchServer(asyncio.DatagramProtocol):
                 if node.lease > 0 and not node.alive and self.table.end_lease(node.id):
                     self.counters.expired_nodes += 1
             dead = {node.id for node in nodes if not node.alive}
+            if asyncio.get_running_loop().time() >= self.strangers_die_at:
+                self.strangers_die_at = math.inf
+                known = {node.id for node in nodes}
+                dead |= {rule.owner for rule in self.table.rules()} - known
             ended &= dead
             if dead - ended:
                 ended = dead - self._drop_rules(dead - ended)
@@ -244,9 +271,34 @@ class SwitchServer(asyncio.DatagramProtocol):
                 continue
             if rule.flow in self._busy:
                 busy.add(rule.owner)
-            elif self.table.delete(rule.flow, rule.gen):
+            elif self._remove(rule, _REAPED):
                 self.counters.expired_rules += 1
-                if self._driver is not None:
-                    change = Change(rule.flow, rule, None)
-                    self._enqueue(Outcome(Message(Op.DELETE, 0, 0, flow=rule.flow), change), None)
         return busy
+
+    def _remove(self, rule: Rule, why: int) -> bool:
+        if self.suspended or not self.table.delete(rule.flow, rule.gen):
+            return False
+        if self._driver is not None:
+            change = Change(rule.flow, rule, None)
+            self._enqueue(Outcome(Message(Op.DELETE, why, 0, flow=rule.flow), change), None)
+        elif why == _REAPED and self._on_expired is not None:
+            self._on_expired(rule.flow)
+        return True
+
+    def discard(self, flow: bytes, gen: int) -> bool:
+        """Delete a rule for the switch's own reasons, if it has this generation and is idle."""
+        rule = self.table.get(flow)
+        idle = rule is not None and rule.gen == gen and flow not in self._busy
+        return idle and rule is not None and self._remove(rule, AGENT)
+
+    def when_idle(self, flow: bytes, then: Callable[[], object]) -> None:
+        """Call once no change of a flow is under way: at once, as a rule."""
+        if flow in self._busy:
+            self._then[flow] = then
+        else:
+            then()
+
+    def send(self, message: Message, endpoint: Endpoint) -> None:
+        """Send one message to a node; lost ones are not told."""
+        if self._transport is not None:
+            self._transport.sendto(encode(message, self._key), (endpoint.host, endpoint.port))

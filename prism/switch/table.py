@@ -70,6 +70,7 @@ class RuleTable:
         max_nodes: int = 4096,
         max_lease: float = 60.0,
         clock: Callable[[], int] = time.monotonic_ns,
+        gen_clock: Callable[[], int] | None = None,
     ) -> None:
         """Make an empty table.
 
@@ -78,6 +79,7 @@ class RuleTable:
             max_nodes: more than these are FULL; nodes that left make room.
             max_lease: the longest lease granted, in seconds.
             clock: nanoseconds that never go back; generations and leases are taken from it.
+            gen_clock: another clock for generations, such as one that several hosts have.
         """
         self.incarnation = secrets.randbits(64) or 1
         self.replays = 0
@@ -88,6 +90,7 @@ class RuleTable:
         self._max_nodes = max_nodes
         self._max_lease_ms = round(max_lease * 1000)
         self._clock = clock
+        self._gen_clock = gen_clock or clock
         self._last_gen = 0
         self._operations: dict[int, Callable[[Message, Rule | None], Outcome]] = {
             Op.ADD: self._add,
@@ -131,6 +134,20 @@ class RuleTable:
         """Take back a change that the data plane refused. It must be the flow's last one."""
         if self._rules.get(change.flow) == change.after:
             self._put(change.flow, change.before)
+
+    def adopt(self, rules: Iterable[Rule], incarnation: int = 0) -> None:
+        """Replace all rules by those that a data plane has; leases stay.
+
+        Args:
+            rules: what was read back.
+            incarnation: of the table that they were made in; 0: unknown.
+        """
+        self._rules.clear()
+        self._owners.clear()
+        for rule in rules:
+            self._put(rule.flow, rule)
+            self._last_gen = max(self._last_gen, rule.gen)
+        self.incarnation = incarnation or self.incarnation
 
     # Requests
 
@@ -225,7 +242,7 @@ class RuleTable:
             return self._outcome(request, Status.EXISTS, None)
         if len(self._rules) >= self._max_rules:
             return self._outcome(request, Status.FULL, None)
-        self._last_gen = max(self._clock(), self._last_gen + 1)
+        self._last_gen = max(self._gen_clock(), self._last_gen + 1)
         return self._changed(request, None, fresh._replace(gen=self._last_gen))
 
     def _lock(self, request: Message, rule: Rule | None) -> Outcome:

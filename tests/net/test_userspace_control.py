@@ -129,7 +129,7 @@ class Driver:
         self.broken = False
         self.pause = 0.0
 
-    async def apply(self, changes: Sequence[Change]) -> Sequence[bool]:
+    async def apply(self, changes: Sequence[Change]) -> Sequence[Status]:
         await asyncio.sleep(self.pause)
         if self.broken:
             raise SwitchError("the switch cannot be reached")
@@ -142,7 +142,7 @@ class Driver:
                 del self.rules[change.flow]
             elif good and change.after is not None:
                 self.rules[change.flow] = change.after
-            results.append(good)
+            results.append(Status.OK if good else Status.FULL)
         return results
 
 

@@ -86,11 +86,10 @@ def test_a_role_without_its_section_is_refused(prism: Prism, tmp_path: Path, com
     assert f"has no [{command}] section" in done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--switch", "p4runtime"]])
-def test_what_is_not_there_yet_says_so(prism: Prism, arguments: list[str]) -> None:
-    done = prism("lab", "up", "--name", "pt-none", *arguments)
+def test_the_address_of_a_p4_switch_goes_with_it(prism: Prism) -> None:
+    done = prism("lab", "up", "--name", "pt-none", "--p4runtime-address", "127.0.0.1:9559")
     assert done.returncode == 2
-    assert "not yet available" in done.stderr
+    assert "--switch p4runtime" in done.stderr
     assert done.stderr.count("\n") == 1
 
 

@@ -135,7 +135,8 @@ static __always_inline int rule_add(struct scratch *scratch, const struct reques
 	fresh->state = by->locked ? PRISM_LOCKED : PRISM_FORWARD;
 	copy_words(&fresh->flow, &msg->flow, FLOW_WORDS);
 	set_owner(fresh, msg, by->owner);
-	fresh->gen = now;
+	/* The agent may know the rule from before, with its generation. */
+	fresh->gen = by->agent && by->gen ? by->gen : now;
 	fresh->cookie = bpf_be64_to_cpu(FIELD(&scratch->request, cookie));
 	fresh->created_ns = fresh->seen_ns = now;
 	fresh->locked_ns = by->locked ? now : 0;
@@ -307,7 +308,8 @@ static __always_inline int rule_chown(struct scratch *scratch, const struct requ
 	const __u32 *addr = (const __u32 *)msg->owner_addr;
 	struct prism_rule *rule, *was = (struct prism_rule *)scratch->rule;
 	bool rewritten = !at_service(&msg->flow, addr, msg->owner_port);
-	__u64 now = bpf_ktime_get_ns();
+	__u64 now = bpf_ktime_get_ns(), gen = 0;
+	__u64 cookie = bpf_be64_to_cpu(FIELD(&scratch->request, cookie)); /* agent: new generation */
 	__u32 held = 0;
 	int status;
 
@@ -331,7 +333,7 @@ static __always_inline int rule_chown(struct scratch *scratch, const struct requ
 		was->owner_port = rule->owner_port;
 		copy_words(was->owner_addr, rule->owner_addr, 4);
 		set_owner(rule, msg, by->owner);
-		rule->gen++;
+		rule->gen = gen = by->agent && cookie ? cookie : rule->gen + 1;
 		if (!by->locked) {
 			rule->state = PRISM_FORWARD;
 			held = rule->held;
@@ -356,8 +358,7 @@ static __always_inline int rule_chown(struct scratch *scratch, const struct requ
 	if (was->owner != by->owner)
 		count(PRISM_STAT_HANDOFFS);
 	if (held)
-		tell_agent(PRISM_EVENT_CHOWNED, held, &msg->flow, PRISM_FORWARD, by->gen + 1,
-			   by->owner);
+		tell_agent(PRISM_EVENT_CHOWNED, held, &msg->flow, PRISM_FORWARD, gen, by->owner);
 	return PRISM_OK;
 }
 

@@ -1,0 +1,315 @@
+"""The soft switch's P4Runtime service, asked by plain gRPC and by p4runtime-shell."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.rpc import code_pb2 as codes
+from google.rpc import status_pb2
+from p4.v1 import p4runtime_pb2 as p4
+from p4.v1 import p4runtime_pb2_grpc as p4_grpc
+from switch_bed import bpffs
+
+from prism.flow import Endpoint, Flow
+from prism.switch.base import Rule
+from prism.switch.ebpf import EbpfSwitch
+from prism.switch.p4runtime_pipeline import load
+from prism.switch.p4runtime_rules import Codec
+from prism.switch.p4service import MAX_UPDATES, P4Service
+from prism.switch.p4service_table import EntryTable
+
+pytestmark = pytest.mark.net
+
+INSERT, MODIFY, DELETE = p4.Update.INSERT, p4.Update.MODIFY, p4.Update.DELETE
+
+
+class Served:
+    """A table, its service and one controller that is the primary."""
+
+    def __init__(self, pins: Path) -> None:
+        self.waiting = threading.Event()
+        self.store = EbpfSwitch(pins / "prism", max_rules=64)
+        self.table = EntryTable(self.store, load())
+        self.codec = Codec(self.table.pipeline)
+        self.service = P4Service(self.table, "127.0.0.1:0")
+        self.service.start()
+        self.address = f"127.0.0.1:{self.service.port}"
+        self.channel = grpc.insecure_channel(self.address)
+        self.stub = p4_grpc.P4RuntimeStub(self.channel)
+        self.stream = self.join(10)
+
+    def join(self, election: int) -> Any:
+        request = p4.StreamMessageRequest()
+        request.arbitration.device_id = 1
+        request.arbitration.election_id.low = election
+        requests = iter([request])
+
+        def forever() -> Iterator[Any]:
+            yield next(requests)
+            self.waiting.wait()
+
+        stream = self.stub.StreamChannel(forever(), timeout=60)
+        stream.first = next(stream).arbitration
+        return stream
+
+    def close(self) -> None:
+        self.waiting.set()
+        self.channel.close()
+        self.service.close()
+        self.store.close()
+
+    def write(self, *updates: Any, election: int = 10, **fields: Any) -> list[tuple[int, str]]:
+        """What became of each update."""
+        request = p4.WriteRequest(device_id=1, updates=updates, **fields)
+        request.election_id.low = election
+        try:
+            self.stub.Write(request, timeout=10)
+        except grpc.RpcError as error:
+            if error.code() != grpc.StatusCode.UNKNOWN:
+                raise
+            details = dict(error.trailing_metadata())["grpc-status-details-bin"]
+            found = []
+            for detail in status_pb2.Status.FromString(details).details:
+                one = p4.Error()
+                assert detail.Unpack(one)
+                found.append((one.canonical_code, one.message))
+            return found
+        return [(codes.OK, "")] * len(updates)
+
+    def updates(self, kind: int, rule: Rule) -> list[Any]:
+        entries = self.codec.entries(rule)
+        return [self.codec.update(kind, key, None if kind == DELETE else value)
+                for key, value in entries.items()]  # fmt: skip
+
+    def read(self, table: int = 0, **fields: Any) -> list[Any]:
+        request = p4.ReadRequest(device_id=1)
+        request.entities.add().table_entry.CopyFrom(p4.TableEntry(table_id=table, **fields))
+        return [e for answer in self.stub.Read(request, timeout=10) for e in answer.entities]
+
+    def state(self) -> list[Rule]:
+        return sorted(self.store.rules())
+
+
+@pytest.fixture
+def served() -> Iterator[Served]:
+    if os.geteuid() != 0:
+        pytest.fail("this test loads eBPF programs and needs root")
+    with bpffs() as pins:
+        found = Served(pins)
+        try:
+            yield found
+        finally:
+            found.close()
+
+
+def rule(port: int = 1000, *, locked: bool = False, here: bool = False, v6: bool = False) -> Rule:
+    client, service, owner = (
+        ("2001:db8::7", "2001:db8::80", "2001:db8:1::2")
+        if v6
+        else ("198.51.100.7", "192.0.2.80", "10.50.3.2")
+    )
+    end = Endpoint(service, 80) if here else Endpoint(owner, 4700)
+    flow = Flow(Endpoint(client, port), Endpoint(service, 80)).pack()
+    return Rule(flow, 77, end, bytes.fromhex("020000000001"), 5000 + port, locked, 9)
+
+
+@pytest.mark.parametrize("v6", [False, True])
+@pytest.mark.parametrize("here", [False, True])
+def test_entries_become_the_rule_they_say(served: Served, v6: bool, here: bool) -> None:
+    for locked in (False, True):
+        wanted = rule(locked=locked, v6=v6, here=here)
+        kind = MODIFY if locked else INSERT
+        results = served.write(*served.updates(kind, wanted))
+        assert {code for code, _ in results} == {codes.OK}
+        assert served.state() == [wanted]
+    served.write(*served.updates(DELETE, wanted))
+    assert served.state() == []
+    assert served.read() == []
+
+
+def test_half_a_rule_is_locked(served: Served) -> None:
+    speaker, guard, to_owner = served.updates(INSERT, rule())
+    assert served.write(to_owner) == [(codes.OK, "")]
+    assert [found.locked for found in served.state()] == [True]
+    served.write(speaker, guard)
+    assert served.state() == [rule()]
+
+
+def test_a_new_service_tells_what_the_old_one_had(served: Served) -> None:
+    for number in range(5):
+        served.write(*served.updates(INSERT, rule(1000 + number, locked=number == 2)))
+    again = EntryTable(served.store, load())
+    key = lambda entry: entry.SerializeToString(deterministic=True)  # noqa: E731
+    told = sorted((again.message(*found) for found in again.read(0)), key=key)
+    assert told == sorted((entity.table_entry for entity in served.read()), key=key)
+
+
+def test_reads_and_counters(served: Served) -> None:
+    served.write(*served.updates(INSERT, rule()), *served.updates(INSERT, rule(v6=True)))
+    assert len(served.read()) == 6
+    to_owner = served.table.pipeline.table("to_owner_v4").id
+    (one,) = served.read(to_owner)
+    assert served.read(to_owner, match=one.table_entry.match) == [one]
+    request = p4.ReadRequest(device_id=1)
+    request.entities.add().direct_counter_entry.table_entry.table_id = to_owner
+    (answer,) = served.stub.Read(request, timeout=10)
+    assert answer.entities[0].direct_counter_entry.data == p4.CounterData()
+    other = p4.ReadRequest(device_id=1)
+    other.entities.add().register_entry.register_id = 1
+    with pytest.raises(grpc.RpcError) as caught:
+        list(served.stub.Read(other, timeout=10))
+    assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
+def _broken(served: Served) -> list[tuple[str, Any, int]]:
+    """(what is wrong, an update, its code)."""
+    found: list[tuple[str, Any, int]] = []
+
+    def bad(what: str, code: int) -> Any:
+        update = p4.Update()
+        update.CopyFrom(served.updates(INSERT, rule(2000))[2])
+        found.append((what, update, code))
+        return update.entity.table_entry
+
+    bad("table", codes.NOT_FOUND).table_id = 0x02FFFFFF
+    bad("field", codes.INVALID_ARGUMENT).match[0].field_id = 99
+    bad("twice", codes.INVALID_ARGUMENT).match[0].field_id = 2
+    del bad("missing field", codes.INVALID_ARGUMENT).match[3]
+    bad("wide", codes.OUT_OF_RANGE).match[1].exact.value = b"\x01\x00\x00"
+    bad("empty", codes.INVALID_ARGUMENT).match[1].exact.value = b""
+    bad("kind", codes.INVALID_ARGUMENT).match[0].lpm.prefix_len = 8
+    bad("priority", codes.INVALID_ARGUMENT).priority = 1
+    bad("default", codes.INVALID_ARGUMENT).is_default_action = True
+    bad("no action", codes.INVALID_ARGUMENT).ClearField("action")
+    bad("action", codes.INVALID_ARGUMENT).action.action.action_id = 1
+    bad("default only", codes.INVALID_ARGUMENT).action.action.action_id = 21257015
+    del bad("missing param", codes.INVALID_ARGUMENT).action.action.params[1]
+    bad("extra param", codes.INVALID_ARGUMENT).action.action.params.add(param_id=9, value=b"1")
+    bad("wide param", codes.OUT_OF_RANGE).action.action.params[1].value = b"\x01\x00\x00"
+    bad("port 0", codes.INVALID_ARGUMENT).action.action.params[1].value = b"\0"
+    bad("idle", codes.INVALID_ARGUMENT).idle_timeout_ns = 1
+    bad("group", codes.INVALID_ARGUMENT).action.action_profile_group_id = 1
+    found.append(("type", p4.Update(entity=served.updates(INSERT, rule(2000))[2].entity),
+                  codes.INVALID_ARGUMENT))  # fmt: skip
+    found.append(("nothing", p4.Update(type=INSERT), codes.INVALID_ARGUMENT))
+    found.append(("modify", served.updates(MODIFY, rule(2000))[2], codes.NOT_FOUND))
+    found.append(("delete", served.updates(DELETE, rule(2000))[2], codes.NOT_FOUND))
+    found.append(("insert", served.updates(INSERT, rule(1000))[2], codes.ALREADY_EXISTS))
+    return found
+
+
+def test_broken_updates_change_nothing_and_say_what_is_wrong(served: Served) -> None:
+    served.write(*served.updates(INSERT, rule()))
+    before = served.state()
+    broken = _broken(served)
+    results = served.write(*(update for _, update, _ in broken))
+    for (what, _, code), (told, text) in zip(broken, results, strict=True):
+        assert told == code, (what, text)
+        assert text, what
+    assert served.state() == before
+    # between good ones, only the broken is refused; with ROLLBACK_ON_ERROR, all are
+    good = served.updates(INSERT, rule(3000))
+    rollback = p4.WriteRequest.ROLLBACK_ON_ERROR
+    results = served.write(*good, broken[0][1], atomicity=rollback)
+    assert [code for code, _ in results] == [codes.ABORTED] * 3 + [codes.NOT_FOUND]
+    assert served.state() == before
+    results = served.write(good[0], broken[0][1], *good[1:])
+    assert [code for code, _ in results] == [0, codes.NOT_FOUND, 0, 0]
+    assert served.state() == sorted([*before, rule(3000)])
+
+
+def test_fuzzed_updates_never_change_the_table_when_refused(served: Served) -> None:
+    random.seed(5)
+    served.write(*served.updates(INSERT, rule()))
+    for _ in range(300):
+        update = p4.Update()
+        data = bytearray(served.updates(MODIFY, rule(2000))[2].SerializeToString())
+        for _ in range(random.randint(1, 4)):
+            data[random.randrange(len(data))] = random.randrange(256)
+        try:
+            update.ParseFromString(bytes(data))
+        except Exception:  # the client's library refuses it already
+            continue
+        before = served.state()
+        ((code, text),) = served.write(update)
+        assert code == codes.OK or (served.state() == before and text)
+    assert served.stub.Capabilities(p4.CapabilitiesRequest()).p4runtime_api_version
+
+
+def test_who_may_write(served: Served) -> None:
+    update = served.updates(INSERT, rule())[0]
+
+    def refused(expected: grpc.StatusCode, **fields: Any) -> None:
+        with pytest.raises(grpc.RpcError) as caught:
+            served.write(update, **fields)
+        assert caught.value.code() == expected
+        assert caught.value.details()
+        assert len(served.table) == 0
+
+    denied = grpc.StatusCode.PERMISSION_DENIED
+    refused(denied, election=9)
+    refused(denied, role="other")
+    refused(grpc.StatusCode.UNIMPLEMENTED, atomicity=p4.WriteRequest.DATAPLANE_ATOMIC)
+    backup = served.join(9)
+    assert backup.first.status.code == codes.ALREADY_EXISTS
+    refused(denied, election=9)
+    heir = served.join(11)  # a higher one takes over, and all are told
+    assert heir.first.status.code == codes.OK
+    assert next(served.stream).arbitration.status.code == codes.ALREADY_EXISTS
+    refused(denied, election=10)
+    heir.cancel()  # the next highest is the primary again
+    assert next(served.stream).arbitration.status.code == codes.OK
+    with pytest.raises(grpc.RpcError) as caught:
+        served.write(*[update] * (MAX_UPDATES + 1))
+    assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert served.write(update) == [(codes.OK, "")]
+    with pytest.raises(grpc.RpcError) as caught:
+        served.join(10)
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_the_table_is_bounded(served: Served) -> None:
+    results = [served.write(*served.updates(INSERT, rule(1000 + n)))[2][0] for n in range(70)]
+    assert results == [codes.OK] * 64 + [codes.RESOURCE_EXHAUSTED] * 6
+    assert len(served.state()) == 64
+
+
+SHELL = """
+import sys
+import p4runtime_sh.shell as sh
+sh.setup(device_id=1, grpc_addr=sys.argv[1], election_id=(0, 99))
+try:
+    entry = sh.TableEntry("PrismIngress.to_owner_v4")(action="PrismIngress.send_to_owner_v4")
+    entry.match["client_addr"] = "198.51.100.9"
+    entry.match["client_port"] = "1234"
+    entry.match["service_addr"] = "192.0.2.80"
+    entry.match["service_port"] = "80"
+    entry.action["owner_addr"] = "10.50.3.2"
+    entry.action["owner_port"] = "4700"
+    entry.insert()
+    for found in sh.TableEntry("PrismIngress.to_owner_v4").read():
+        print("FOUND", found.match["client_port"], found.action.action_name)
+    entry.delete()
+    print("LEFT", len(list(sh.TableEntry("PrismIngress.to_owner_v4").read())))
+finally:
+    sh.teardown()
+"""
+
+
+def test_p4runtime_shell_reads_and_writes(served: Served) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SHELL, served.address],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "FOUND" in done.stdout and "send_to_owner_v4" in done.stdout, done.stdout
+    assert "LEFT 0" in done.stdout
