@@ -8,13 +8,14 @@ import hashlib
 import json
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from e2e_bed import Bed, bed
+from e2e_bed import Bed, bed, wait_for
 
 ROOT = Path(__file__).parents[2]
 VARIANTS = pytest.mark.parametrize("secure", [False, True], ids=["http", "https"])
@@ -113,6 +114,23 @@ def test_a_fastapi_application_on_three_backends(
     assert bed.total("handoffs_out") > handed
     owners = {bed.owner(f"/upload/{number}") for number in range(6)}
     assert len(owners) > 1, "the requests went to more than one backend"
+
+
+@VARIANTS
+def test_one_connection_is_served_by_several_backends(fastapi: Bed, secure: bool) -> None:
+    bed, url = fastapi, base(fastapi, secure)
+    paths = [path for node in bed.backends for path in bed.keys(node, 2, "upload")]
+    assert {bed.owner(path) for path in paths} == set(bed.backends)
+    before = bed.total("accepted")
+    urls = [f"{url}{path}" for path in (*paths, *paths)]
+    trust = ["--cacert", str(bed.cluster.ca_file)]
+    run = bed.cluster.exec(
+        "client", ["curl", "-sSf", "--max-time", "60", *trust, "-X", "PUT", "-d", "body", *urls],
+        capture_output=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr.decode()
+    assert run.stdout.count(hashlib.sha256(b"body").hexdigest().encode()) == len(urls)
+    assert bed.total("accepted") == before + 1, "one connection for all"
 
 
 WEBSOCKET = """
@@ -220,6 +238,28 @@ def test_nginx_hears_of_the_client(nginx: tuple[Bed, Path], secure: bool) -> Non
     _, fields, _ = curl(bed, "client", f"{base(bed, secure)}/small.txt")
     assert fields["X-Client"] == bed.cluster.topology.client.address
     assert bed.total("handoffs_out") > 0
+
+
+def test_a_server_that_is_down_is_told_of_and_comes_back(nginx: tuple[Bed, Path]) -> None:
+    bed, _ = nginx
+    owner = bed.owner("/small.txt")
+    pid_file = bed.cluster.dir / f"server/{owner}/nginx.pid"
+    reply = curl(bed, "client", f"{base(bed, False)}/small.txt")
+    os.kill(int(pid_file.read_text()), signal.SIGTERM)
+    config = bed.cluster.dir / f"server/{owner}/nginx.conf"
+    down = wait_for(
+        lambda: curl(bed, "client", f"{base(bed, False)}/small.txt")[0] == 502, timeout=20
+    )
+    assert down, "a server that does not listen is a bad gateway"
+    again = bed.cluster.popen(owner, ["nginx", "-c", str(config), "-g", "daemon off;"])
+    try:
+        assert wait_for(
+            lambda: curl(bed, "client", f"{base(bed, False)}/small.txt")[0] == 200, timeout=20
+        )
+        assert curl(bed, "client", f"{base(bed, False)}/small.txt")[2] == reply[2]
+    finally:
+        again.terminate()
+        again.wait()
 
 
 # -- S3 -------------------------------------------------------------------------------------
