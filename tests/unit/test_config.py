@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 from channel_bed import authority, issue_in_the_past
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prism.config import Config, load, parse
+from prism.config import Config, load, parse, serving
 from prism.config_reference import reference
 from prism.errors import ConfigError
 from prism.flow import Endpoint
@@ -380,6 +380,7 @@ def test_every_key_of_a_generated_document_has_its_line(data: dict[str, dict[str
     assert {path: found.get(path) for path in expected} == expected
 
 
+@settings(deadline=None)
 @given(st.recursive(SCALARS, lambda inner: st.dictionaries(NAMES, inner, max_size=4)))
 def test_no_value_of_a_section_gets_past_as_a_fault(value: Any) -> None:
     for section in Config.model_fields:
@@ -389,3 +390,42 @@ def test_no_value_of_a_section_gets_past_as_a_fault(value: Any) -> None:
             parse(f"{section} = {to_toml(value)}\n" + CLUSTER)
         except ConfigError as error:
             assert str(error).startswith("<text>")
+
+
+def test_a_backend_serves_what_the_command_line_says() -> None:
+    text = MINIMAL_BACKEND
+    config = serving(parse(text), None, "http://localhost:9000/")
+    assert config.backend is not None
+    assert (str(config.backend.upstream), config.cluster.serves) == (
+        "127.0.0.1:9000",
+        "application",
+    )
+    assert serving(parse(text), None, None).cluster.serves == "objects"
+    unix = serving(parse(text), None, "unix:/run/a.sock").backend
+    assert unix is not None
+    assert unix.upstream == "/run/a.sock"
+    for app, upstream in (
+        ("a:b", "http://127.0.0.1:1"), ("no colon", None), (None, "https://h:1"), (None, "ftp"),
+        (None, "http://127.0.0.1:1/path"), (None, "unix:relative"), (None, "http://name:80"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError):
+            serving(parse(text), app, upstream)
+
+
+def test_an_application_needs_the_frontends_to_know() -> None:
+    text = MINIMAL_BACKEND.replace("[backend]", '[backend]\napp = "a:b"')
+    with pytest.raises(ConfigError, match=r'app: needs cluster.serves = "application"'):
+        parse(text)
+    parse(text.replace("[cluster]", '[cluster]\nserves = "application"'))
+
+
+MINIMAL_BACKEND = """
+[cluster]
+key = "00112233445566778899aabbccddeeff"
+control = "10.0.0.1:4760"
+[[nodes]]
+name = "be1"
+address = "10.0.0.2"
+[backend]
+name = "be1"
+"""
