@@ -309,7 +309,8 @@ static __always_inline int rule_chown(struct scratch *scratch, const struct requ
 	struct prism_rule *rule, *was = (struct prism_rule *)scratch->rule;
 	bool rewritten = !at_service(&msg->flow, addr, msg->owner_port);
 	__u64 now = bpf_ktime_get_ns(), gen = 0;
-	__u64 cookie = bpf_be64_to_cpu(FIELD(&scratch->request, cookie)); /* agent: new generation */
+	__u64 cookie =
+		bpf_be64_to_cpu(FIELD(&scratch->request, cookie)); /* agent: new generation */
 	__u32 held = 0;
 	int status;
 
