@@ -16,6 +16,7 @@ BPF_SOURCE = EXT / "bpf/prism_switch.bpf.c"
 KMOD_FILES = ("Kbuild", "Makefile", "dkms.conf", "prism_monitor.c", "prism_monitor.h")
 P4INFO = Path("p4/prism.p4info.txtpb")
 C_FLAGS = ["-O2", "-std=gnu11", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden"]
+HEADERS = ("src/*.h", "bpf/*.h", "*.pxd", "*.pxi")
 SANITIZE = os.environ.get("PRISM_SANITIZE", "")  # for example "address,undefined"
 
 
@@ -26,7 +27,7 @@ def extension(name: str, *sources: str, libraries: tuple[str, ...] = ()) -> Exte
         f"prism._ext.{name}",
         [str(EXT / f"{name}.pyx"), *(str(EXT / "src" / source) for source in sources)],
         include_dirs=[str(EXT / "src"), str(EXT / "bpf")],
-        depends=[str(path) for path in (*EXT.glob("src/*.h"), *EXT.glob("bpf/*.h"))],
+        depends=[str(path) for each in HEADERS for path in EXT.glob(each)],
         libraries=list(libraries),
         extra_compile_args=[*C_FLAGS, *sanitize],
         extra_link_args=sanitize,

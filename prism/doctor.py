@@ -257,7 +257,7 @@ def _destroy_notices() -> str:
 
 
 def _kernel_tls() -> str:
-    from prism.tls.kernel import probe  # noqa: PLC0415
+    from prism.tls.kernel_probe import probe  # noqa: PLC0415
 
     with _connection():  # brings the loopback device up
         support = probe()

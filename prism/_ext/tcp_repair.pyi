@@ -29,7 +29,8 @@ class NotCarriable(OSError):
     ``errno`` is EOPNOTSUPP (a TCP state other than ESTABLISHED and CLOSE_WAIT, urgent data, shut
     down for reading), ECONNRESET (closed or reset), ECONNABORTED (an error is pending), ENOTCONN,
     EMSGSIZE (more than 16 MiB queued), EADDRNOTAVAIL (link-local client), EPROTOTYPE (kernel TLS
-    that receives, or another upper-layer protocol) or EINVAL (SO_PEEK_OFF in use).
+    that receives, and a queue is not empty; or another upper-layer protocol) or EINVAL
+    (SO_PEEK_OFF in use).
     """
 
 def freeze(fd: int) -> None:
@@ -50,7 +51,8 @@ def export_state(fd: int) -> bytes:
 
     Of a socket that the kernel seals TLS records for (TLS_TX without TLS_RX), the records travel
     and not the layer. Records that did not fit the send queue are not seen: see that there are
-    none, ``prism.tls.kernel.KernelTx.settled``.
+    none, ``prism.tls.kernel.KernelTx.settled``. With TLS_RX both queues have to be empty, and no
+    part of a record may be with the kernel: ``prism.tls.kernel_rx.KernelRx.settled``.
 
     Raises:
         NotCarriable: its TCP state is neither ESTABLISHED nor CLOSE_WAIT, or the like.

@@ -199,6 +199,10 @@ class Tls:
         ``seal(b"")`` gives the answer alone.
         """
 
+    @property
+    def in_message(self) -> bool:
+        """The last record that was committed ended inside a handshake message."""
+
     def peek(self, data: Buffer, after: Opened | None = None) -> Opened:
         """Decrypts the whole records at the beginning of ``data``; changes nothing.
 
@@ -290,6 +294,19 @@ class Tls:
 
         Raises:
             TlsError: of another key, or behind this state (alert 80).
+        """
+
+    def note(self, content_type: int, data: Buffer) -> None:
+        """Takes in a record that the kernel has opened and that is no application data.
+
+        Call it for each of them, after ``sync(RX, ...)`` with the sequence number behind it.
+
+        Args:
+            content_type: 21 (alert) or 22 (handshake); others break the protocol.
+            data: the record's content.
+
+        Raises:
+            TlsError: what it says breaks the protocol.
         """
 
     def wipe(self) -> None:

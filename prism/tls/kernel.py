@@ -1,10 +1,11 @@
-"""Kernel TLS, for sending only: the kernel seals what is written to the socket (linux/tls.h).
+"""Kernel TLS for sending: the kernel seals what is written to the socket (linux/tls.h).
 
-Receiving stays with the userspace record layer, and so the receive queue holds records as they
-came. The send queue holds ciphertext, and both can be peeked at in repair mode: such a connection
-can be handed over at any moment at which the kernel has put everything into the queue. It keeps
-back what the queue has no room for, and what was sent with MSG_MORE; how much, it does not tell.
-But that can be worked out::
+As long as receiving stays with the userspace record layer (kernel_rx.py says when it does not), the
+receive queue holds records as they came. The send queue holds ciphertext, and both can be peeked
+at in repair mode: such a connection can be handed over at any moment at which the kernel has put
+everything into the queue. It keeps back what the queue has no room for, and what was sent with
+MSG_MORE; how much, it does not tell. But that can
+be worked out::
 
     octets put into the queue = plaintext accepted + records sealed * overhead of a record
 
@@ -21,26 +22,25 @@ import os
 import socket
 import struct
 import termios
-from dataclasses import dataclass
-from functools import cache
 from typing import Final
 
 from prism._ext.tls_record import MAX_FRAGMENT, TX, Tls, TlsError
 
-__all__ = ["KernelTx", "Support", "probe", "record_message"]
+__all__ = ["KernelTx", "add_layer", "overhead_of", "record_message"]
 
 SOL_TLS: Final = 282  # linux/socket.h
 TCP_ULP: Final = 31  # linux/tcp.h
 TLS_TX: Final = 1  # linux/tls.h
 TLS_SET_RECORD_TYPE: Final = 1  # linux/tls.h
-ALERT: Final = 21  # content type (RFC 8446, B.1)
+ALERT: Final = 21  # content types (RFC 8446, B.1)
+_HANDSHAKE: Final = 22
+_KEY_UPDATE: Final = bytes((24, 0, 0, 1, 0))  # update_not_requested (RFC 8446, 4.6.3)
 
 _BYTES_ACKED: Final = struct.Struct("120xQ")  # tcpi_bytes_acked in struct tcp_info
 _NOTHING: Final = bytes(4)
-_PATIENCE: Final = 2.0  # seconds
 _TLS_1_3: Final = 0x0304
 _RECORDS: Final = 23726566 - 1024  # that AES-GCM may seal with one key (RFC 8446, 5.5), and a rest
-_CIPHERS: Final = {
+CIPHERS: Final = {
     0x1301: "AES-128-GCM",
     0xC02B: "AES-128-GCM",
     0xC02F: "AES-128-GCM",
@@ -51,7 +51,6 @@ _CIPHERS: Final = {
     0xCCA8: "CHACHA20-POLY1305",
     0xCCA9: "CHACHA20-POLY1305",
 }
-_PROBES: Final = {0x1301: 32, 0x1302: 48, 0x1303: 32}  # suite: octets of a secret
 
 
 def record_message(kind: int) -> list[tuple[int, int, bytes]]:
@@ -59,11 +58,24 @@ def record_message(kind: int) -> list[tuple[int, int, bytes]]:
     return [(SOL_TLS, TLS_SET_RECORD_TYPE, bytes((kind,)))]
 
 
-def _overhead(tls: Tls) -> int:
+def add_layer(sock: socket.socket) -> None:
+    """Have the TLS layer on a socket, whose octets stay what they are until there are keys.
+
+    Raises:
+        OSError: the kernel has none (ENOENT), or the connection is not established (ENOTCONN).
+    """
+    try:
+        sock.setsockopt(socket.IPPROTO_TCP, TCP_ULP, b"tls")
+    except OSError as error:
+        if error.errno != errno.EEXIST:
+            raise
+
+
+def overhead_of(tls: Tls) -> int:
     """Octets of a record beside its plaintext: header, explicit nonce, tag, content type."""
     if tls.version == _TLS_1_3:
         return 5 + 16 + 1
-    return 5 + 16 + (0 if _CIPHERS[tls.suite] == "CHACHA20-POLY1305" else 8)
+    return 5 + 16 + (0 if CIPHERS[tls.suite] == "CHACHA20-POLY1305" else 8)
 
 
 class KernelTx:
@@ -90,16 +102,16 @@ class KernelTx:
 
         Raises:
             OSError: the kernel cannot: ENOENT (no TLS, or not this cipher), ENOTCONN (the client
-                has finished sending), EEXIST. The socket can be used as before.
+                has finished sending). The socket can be used as before.
         """
-        sock.setsockopt(socket.IPPROTO_TCP, TCP_ULP, b"tls")
+        add_layer(sock)
         info = tls.crypto_info(TX)
         sock.setsockopt(SOL_TLS, TLS_TX, info)
         self._sock = sock
         self._tls = tls
         self._info_size = len(info)  # the kernel wants it exactly
         self._first = tls.write_seq
-        self._overhead = _overhead(tls)
+        self._overhead = overhead_of(tls)
         self._base = self._queued_ever()
         self._accepted = 0
         self._room = 0  # records that may be sealed before the kernel is asked how many it has
@@ -181,6 +193,22 @@ class KernelTx:
         message = [bytes((level, description))]
         self._accepted += self._sock.sendmsg(message, record_message(ALERT))
 
+    def update(self) -> None:
+        """Send a KeyUpdate (RFC 8446, 4.6.3) and go on with the next key, where the kernel can.
+
+        Raises:
+            OSError: it does not take it: nothing more can be sent.
+            TlsError: the key is used up.
+        """
+        self.sync()
+        records = self._tls.write_seq + 1 - self._first
+        self._tls.key_update()  # for the new key; the record itself is the kernel's
+        self._accepted += self._sock.sendmsg([_KEY_UPDATE], record_message(_HANDSHAKE))
+        self._sock.setsockopt(SOL_TLS, TLS_TX, self._tls.crypto_info(TX))
+        self._accepted += records * self._overhead
+        self._first = 0
+        self._room = 0
+
     def _count(self, octets: int) -> None:
         """See to it that no key seals more records than it may."""
         records = octets // MAX_FRAGMENT + 2
@@ -190,70 +218,3 @@ class KernelTx:
             self._room = _RECORDS - self._tls.write_seq - records
             if self._room < 0:
                 raise TlsError(80, "the key has sealed as many records as it may")
-
-
-@dataclass(frozen=True, slots=True)
-class Support:
-    """What the kernel seals.
-
-    Attributes:
-        ciphers: by their names in the configuration.
-        why: why it is not all; empty: it is.
-    """
-
-    ciphers: frozenset[str]
-    why: str
-
-    def covers(self, tls: Tls) -> bool:
-        """Whether the kernel can seal for this connection: it knows full-sized records only."""
-        return _CIPHERS.get(tls.suite) in self.ciphers and tls.max_fragment == MAX_FRAGMENT
-
-
-@cache
-def probe() -> Support:
-    """Find out, once for each process, by sealing for connections over the loopback device.
-
-    It may take some milliseconds: the kernel loads the modules, and tests the ciphers, on demand.
-    Where the loopback device is down, all ciphers are taken to be there if kernel TLS is.
-    """
-    if why := _missing_layer():
-        return Support(frozenset(), why)
-    found, problems = set(), []
-    for suite, length in _PROBES.items():
-        try:
-            _try_cipher(suite, length)
-        except OSError as error:
-            problems.append(f"{_CIPHERS[suite]}: {error.strerror}")
-        else:
-            found.add(_CIPHERS[suite])
-    return Support(frozenset(found), "; ".join(problems))
-
-
-def _missing_layer() -> str:
-    """Why sockets cannot have the TLS layer; empty: they can."""
-    with socket.socket() as bare:
-        try:
-            bare.setsockopt(socket.IPPROTO_TCP, TCP_ULP, b"tls")
-        except OSError as error:
-            # Only a layer that is there minds that there is no connection.
-            return "" if error.errno == errno.ENOTCONN else f"TCP_ULP: {error.strerror}"
-    return ""
-
-
-def _try_cipher(suite: int, length: int) -> None:
-    """Seal with it in the kernel.
-
-    Raises:
-        OSError: it cannot.
-    """
-    secret = bytes(length)
-    tls = Tls.from_traffic_secrets(suite, secret, secret, is_server=True)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(1)
-        try:
-            client = socket.create_connection(listener.getsockname(), _PATIENCE)
-        except OSError:
-            return  # nothing to try it with
-        with client, listener.accept()[0] as server:
-            KernelTx(server, tls)

@@ -21,7 +21,8 @@ from typing import Final, Literal
 from prism._ext.tls_record import Tls, TlsError
 from prism.errors import ConfigError
 from prism.flow import Flow
-from prism.tls.kernel import KernelTx, Support, probe
+from prism.tls.kernel import KernelTx
+from prism.tls.kernel_probe import Support, probe
 from prism.tls.stream import TlsBroken, TlsStream
 
 __all__ = ["KERNEL_FROM", "KernelTlsStream", "Mode", "check", "stream"]

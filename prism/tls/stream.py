@@ -14,8 +14,7 @@ Where the kernel's receive memory is full of an incomplete record, as after an u
 one piece, what is there of it is taken out and kept here, encrypted; until it is whole and read,
 the connection is not moved.
 
-Output that the socket does not take at once stays here, encrypted; the call that follows must go
-on at the same place, as all callers do anyway.
+What is sent goes through :mod:`prism.tls.sending`.
 """
 
 from __future__ import annotations
@@ -28,7 +27,8 @@ from typing import Final
 from prism._ext.tls_record import Opened, Tls, TlsError
 from prism.errors import ProtocolError
 from prism.flow import Flow
-from prism.http.stream import PEEK_LIMIT, PlainStream
+from prism.http.stream import PEEK_LIMIT
+from prism.tls.sending import SealedStream, TlsBroken
 
 __all__ = ["TlsBroken", "TlsStream"]
 
@@ -36,18 +36,13 @@ log = logging.getLogger(__name__)
 
 _RAW_EXTRA: Final = 17 * 1024  # so that a whole record fits behind PEEK_LIMIT octets of plaintext
 _PULL: Final = 32 * 1024  # octets of records in the queue from which on they are taken out of it
-_PIECE: Final = 256 * 1024  # octets sealed at once
+_DROPPED: Final = 256 * 1024  # octets of input dropped at once
 _DROPS: Final = 16  # pieces of input dropped after a bad record
 _STATE: Final = struct.Struct("!BxHI")  # version, octets of the peer's facts, skip
 _VERSION: Final = 1
-_CLOSE_NOTIFY: Final = 0
 
 
-class TlsBroken(ConnectionAbortedError):
-    """The client broke the record protocol; the alert is sent."""
-
-
-class TlsStream(PlainStream):
+class TlsStream(SealedStream):
     """A connected TCP socket whose octets are TLS records.
 
     Args:
@@ -67,17 +62,13 @@ class TlsStream(PlainStream):
 
     __slots__ = (
         "_base",
-        "_broken",
         "_done",
         "_opened",
-        "_out",
-        "_out_plain",
         "_part",
         "_raw",
         "_skip",
         "alert",
         "facts",
-        "tls",
         "truncated",
     )
 
@@ -91,20 +82,16 @@ class TlsStream(PlainStream):
         skip: int = 0,
         facts: bytes = b"",
     ) -> None:
-        super().__init__(sock, flow, pending)
-        self.tls = tls
+        super().__init__(sock, tls, flow, pending)
         self.facts = facts
         self.alert: int | None = None
         self.truncated = False
         self._skip = skip
-        self._broken = False
         self._opened: Opened | None = None  # what was decrypted and not wholly consumed
         self._base = 0  # octets of its plaintext that were consumed
         self._done = 0  # its records that were committed
         self._raw = 0  # octets of its input that are not taken as read
         self._part = b""  # the first of these, if the kernel had no room for more
-        self._out = b""  # sealed, not yet taken by the socket
-        self._out_plain = 0  # octets of plaintext in it that the caller was not told of
 
     def __repr__(self) -> str:
         return f"<TlsStream fd={self._fd} {self._flow or ''} {self.tls!r}>"
@@ -262,7 +249,7 @@ class TlsStream(PlainStream):
                 self._alert(error.alert)
             # Not left unread: closing would reset the connection, and the alert might be lost.
             for _ in range(_DROPS):
-                self.sock.recv(_PIECE, socket.MSG_TRUNC)
+                self.sock.recv(_DROPPED, socket.MSG_TRUNC)
         except (OSError, TlsError):
             pass  # it was worth a try
         self.tls.wipe()
@@ -342,89 +329,7 @@ class TlsStream(PlainStream):
         self._vain = 0
         super().reset_lowat()
 
-    # -- writing ---------------------------------------------------------------------------
-
-    def send(self, data: bytes | memoryview, more: bool = False) -> int:
-        """Seals and sends; see :meth:`Stream.send`. What follows must begin where this ended."""
-        if self._out_plain:
-            return self._finish_sending()
-        piece = data if len(data) <= _PIECE else memoryview(data)[:_PIECE]
-        return self._emit(self._seal(piece), len(piece), more)
-
-    def send_file(self, fd: int, offset: int, n: int) -> int:
-        """Seals and sends a file's octets; see :meth:`Stream.send_file`."""
-        if self._out_plain:
-            return self._finish_sending()
-        try:
-            sealed, taken = self.tls.seal_file(fd, offset, min(n, _PIECE))
-        except (TlsError, ValueError) as error:
-            raise TlsBroken(str(error)) from None
-        return self._emit(sealed, taken, False) if taken else 0
-
-    def _seal(self, data: bytes | memoryview) -> bytes:
-        try:
-            return self.tls.seal(data)
-        except (TlsError, ValueError) as error:
-            raise TlsBroken(str(error)) from None
-
-    def _emit(self, sealed: bytes, plain: int, more: bool) -> int:
-        if self._out:
-            self._out += sealed
-            self._out_plain = plain
-            return self._finish_sending()
-        try:
-            sent = self.sock.send(sealed, socket.MSG_MORE if more else 0)
-        except BlockingIOError:
-            sent = 0
-        if sent == len(sealed):
-            return plain
-        self._out = sealed[sent:]
-        self._out_plain = plain
-        raise BlockingIOError("not all of a record was taken")
-
-    def _finish_sending(self) -> int:
-        """Send on; tells of the plaintext when all of it is with the kernel."""
-        sent = self.sock.send(self._out)
-        self._out = self._out[sent:]
-        if self._out:
-            raise BlockingIOError("not all of a record was taken")
-        plain, self._out_plain = self._out_plain, 0
-        return plain
-
-    def _flush_owed(self) -> None:
-        """Answer a request for a KeyUpdate soon, even if there is nothing else to say."""
-        try:
-            self._out += self.tls.key_update()
-            sent = self.sock.send(self._out)
-            self._out = self._out[sent:]
-        except (OSError, TlsError, ValueError) as error:
-            log.debug("%s: a KeyUpdate is late: %s", self._flow, error)
-
-    def unsent(self) -> int:
-        """Octets not acknowledged by the client, or not even with the kernel."""
-        return super().unsent() + len(self._out)
-
     # -- the end ---------------------------------------------------------------------------
-
-    def shutdown_write(self) -> None:
-        """Ends our sending side with a close_notify."""
-        self._say_goodbye()
-        super().shutdown_write()
-
-    def _say_goodbye(self) -> None:
-        if self._broken or self.tls.write_closed:
-            return
-        try:
-            if self._out:
-                self.sock.send(self._out)  # if not all of it goes, the client sees a cut
-                self._out = b""
-            self._alert(_CLOSE_NOTIFY)
-        except (OSError, TlsError, ValueError):
-            pass  # the client has gone, or takes nothing: it sees the connection cut
-
-    def _alert(self, description: int) -> None:
-        """Send an alert that ends the connection; if it does not fit, it is lost."""
-        self.sock.send(self.tls.alert(description, description != _CLOSE_NOTIFY))
 
     def abort(self) -> None:
         """Closes with a reset and no close_notify: the client sees that something is missing.

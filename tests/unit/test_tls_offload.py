@@ -16,7 +16,8 @@ from tls_pairs import ALL_SUITES, make, pair
 
 from prism._ext.tls_record import Tls
 from prism.errors import ConfigError
-from prism.tls.kernel import SOL_TLS, Support, probe, record_message
+from prism.tls.kernel import SOL_TLS, record_message
+from prism.tls.kernel_probe import Support, probe
 from prism.tls.offload import KERNEL_FROM, KernelTlsStream, check, stream
 from prism.tls.stream import TlsStream
 

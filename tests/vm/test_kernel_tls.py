@@ -17,7 +17,8 @@ from prism._ext import tcp_repair
 from prism._ext.tls_record import RX, TX, Tls
 from prism.doctor import CHECKS, examine
 from prism.flow import Flow
-from prism.tls.kernel import SOL_TLS, TCP_ULP, TLS_TX, probe
+from prism.tls.kernel import SOL_TLS, TCP_ULP, TLS_TX
+from prism.tls.kernel_probe import probe
 from prism.tls.offload import KERNEL_FROM, KernelTlsStream, check
 from prism.tls.stream import TlsBroken, TlsStream
 

@@ -174,11 +174,14 @@ static enum prism_tcp_result read_addresses(int fd, struct prism_tcp_state *stat
 /*
  * A layer on top may have us read something else than the stream. Kernel TLS does not where it only
  * seals (TLS_TX): both queues hold what is on the wire. What it has not put into the send queue yet
- * cannot be seen from here; the caller sees to it that there is nothing.
+ * cannot be seen from here; the caller sees to it that there is nothing. Where the kernel opens
+ * records (TLS_RX), neither queue can be peeked at, so they have to be empty; whether the kernel
+ * keeps a part of a record back is for the caller, too.
  */
 static enum prism_tcp_result check_layers(int fd, struct prism_fault *fault)
 {
 	struct tls_crypto_info info;
+	int unread = 0, unsent = 0;
 	char name[16] = "";
 	socklen_t size = sizeof(name);
 
@@ -187,8 +190,13 @@ static enum prism_tcp_result check_layers(int fd, struct prism_fault *fault)
 	if (strncmp(name, "tls", sizeof(name)) != 0)
 		return refuse(fault, EPROTOTYPE, "an upper-layer protocol (TCP_ULP) is attached");
 	size = sizeof(info); /* version and cipher only, no keys */
-	if (getsockopt(fd, SOL_TLS, TLS_RX, &info, &size) == 0 || errno != EBUSY)
-		return refuse(fault, EPROTOTYPE, "the kernel opens its TLS records (TLS_RX)");
+	if (getsockopt(fd, SOL_TLS, TLS_RX, &info, &size) != 0 && errno == EBUSY)
+		return PRISM_TCP_OK;
+	if (ioctl(fd, SIOCINQ, &unread) != 0 || ioctl(fd, SIOCOUTQ, &unsent) != 0)
+		return prism_fail(fault, errno, "SIOCINQ, SIOCOUTQ");
+	if (unread || unsent)
+		return refuse(fault, EPROTOTYPE,
+			      "the kernel opens its TLS records (TLS_RX) and a queue is not empty");
 	return PRISM_TCP_OK;
 }
 

@@ -222,6 +222,18 @@ int prism_tls_commit(struct prism_tls *tls, const struct prism_tls_mark *marks, 
 	return 0;
 }
 
+int prism_tls_note(struct prism_tls *tls, uint8_t type, const uint8_t *data, size_t len,
+		   struct prism_tls_fault *fault)
+{
+	struct prism_tls_mark mark = {.after = tls->progress, .type = type};
+
+	fault->what = NULL;
+	mark.after.records++;
+	if (prism_tls_take(tls, &mark, data, len, fault))
+		return -1;
+	return prism_tls_commit(tls, &mark, 1);
+}
+
 void prism_tls_wipe(struct prism_tls *tls)
 {
 	prism_tls_half_wipe(&tls->read);

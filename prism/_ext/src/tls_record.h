@@ -114,6 +114,13 @@ void prism_tls_open(struct prism_tls *tls, const struct prism_tls_progress *from
  */
 int prism_tls_commit(struct prism_tls *tls, const struct prism_tls_mark *marks, size_t count);
 
+/*
+ * Take in a record that the kernel has opened, alert or handshake, once the sequence number behind
+ * it was taken over (prism_tls_sync): 0, or -1; fault->what is NULL where key derivation failed.
+ */
+int prism_tls_note(struct prism_tls *tls, uint8_t type, const uint8_t *data, size_t len,
+		   struct prism_tls_fault *fault);
+
 /* What the content of a decrypted record does to the progress (tls_message.c): 0, or -1. */
 int prism_tls_take(const struct prism_tls *tls, struct prism_tls_mark *mark, const uint8_t *data,
 		   size_t len, struct prism_tls_fault *fault);

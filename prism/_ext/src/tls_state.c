@@ -244,6 +244,8 @@ const char *prism_tls_sync(struct prism_tls *tls, int write, const uint8_t *info
 	if (write) {
 		tls->write.seq = seq;
 	} else {
+		if (seq > now + 1) /* all but the last were application data: see prism_tls_note */
+			tls->progress.idle = 0;
 		tls->progress.records += seq - now; /* what was opened before is stale */
 		tls->progress.seq = seq;
 	}
