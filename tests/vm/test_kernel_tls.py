@@ -377,12 +377,17 @@ async def test_a_half_closed_connection_stays_in_the_process(lab: Bed, file: Pat
     assert bytes(client.heard) == file.read_bytes()[:PIECE]
 
 
-async def test_receiving_in_the_kernel_cannot_be_carried(lab: Bed) -> None:
-    _, stream = open_pair(lab, 0x1301)
+async def test_what_the_kernel_has_not_given_cannot_be_carried(lab: Bed) -> None:
+    client, stream = open_pair(lab, 0x1301)
     stream.sock.setsockopt(socket.IPPROTO_TCP, TCP_ULP, b"tls")
     tcp_repair.export_state(stream.fileno())  # the layer alone is in nobody's way
     tcp_repair.resume(stream.fileno())
     stream.sock.setsockopt(SOL_TLS, TLS_RX, stream.tls.crypto_info(RX))
+    tcp_repair.export_state(stream.fileno())  # nor are the keys, while the queues are empty
+    tcp_repair.resume(stream.fileno())
+    client.sock.sendall(client.tls.seal(b"unread"))
+    await asyncio.sleep(0.2)
     with pytest.raises(tcp_repair.NotCarriable, match="TLS_RX"):
         tcp_repair.export_state(stream.fileno())
     stream.abort()
+    client.sock.close()
