@@ -183,6 +183,7 @@ class P4Driver:
             if fresh:
                 await self._call(session.set_pipeline, self._pipeline)
                 self.counters.pipelines_set += 1
+            await self._call(self._have_syns_asked_about, session)
             self._known = await self._call(self._read_all, session)
             told = self._told()
             rules = [rule for rule, _ in told]
@@ -194,6 +195,19 @@ class P4Driver:
             self.counters.take_overs += 1
             self.ready = True
         _log.info("primary of the P4Runtime switch, %d entries", len(self._known))
+
+    def _have_syns_asked_about(self, session: Session) -> None:
+        """Bare SYNs on flows with a rule shall come here, not go to the frontend (the default)."""
+        if self._pipeline.bare_syn is None:
+            return
+        table, action = self._pipeline.bare_syn
+        update = p4.Update(type=p4.Update.MODIFY)
+        entry = update.entity.table_entry
+        entry.table_id, entry.is_default_action = table, True
+        entry.action.action.action_id = action
+        ((code, text),) = session.write([update])
+        if code not in (codes.OK, codes.UNIMPLEMENTED):  # the soft switch asks anyway
+            _log.warning("bare SYNs go to the frontends: the switch refused to send them: %s", text)
 
     def _told(self) -> list[tuple[Rule, int]]:
         """The rules that the entries tell."""

@@ -102,6 +102,8 @@ class Pipeline:
     Attributes:
         tables: by id.
         layouts: (IPv4, IPv6).
+        bare_syn: table and action whose default has the controller asked about bare SYNs on flows
+            with a rule; ``None``: the program has no such table.
 
     Raises:
         ConfigError: it is not a program that the driver can use; the message says why.
@@ -129,6 +131,7 @@ class Pipeline:
             )
             for size, family in _FAMILIES
         )
+        self.bare_syn = self._asking()
         self.packet_in = self._header("packet_in")
         self.packet_out = self._header("packet_out")
 
@@ -163,6 +166,12 @@ class Pipeline:
                 f"p4info: {table.name} needs one action whose parameters are an address and a port"
             )
         return RuleTable(table, rewrite[0], _plain(table, "pass"), _plain(table, "lock"))
+
+    def _asking(self) -> tuple[int, int] | None:
+        for table in self.tables.values():
+            if table.name.rpartition(".")[2] == "bare_syn":
+                return table.id, _plain(table, "syn_to_cpu")
+        return None
 
     def _header(self, name: str) -> tuple[Field, ...] | None:
         for header in self.p4info.controller_packet_metadata:
