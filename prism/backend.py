@@ -79,7 +79,6 @@ class Backend(Node):
         self.hosted: Hosted | None = hosted(self.backend)
         self.store = self._open_store() if self.hosted is None else None
         self.listing = Listing(self.peers.placement.nodes)
-        self._sticky = config.placement.name != "partitioned"
         self._listener: Listener | None = None
 
     def _open_store(self) -> ObjectStore:
@@ -125,6 +124,11 @@ class Backend(Node):
         own = {"rules_owned": len(self.rules), "taking": len(self.taking)}
         return super().status() | own | {"monitor": self.monitor.name}
 
+    def use(self, serving: Any) -> None:
+        """Go by these settings from now on."""
+        super().use(serving)
+        self.backend = serving
+
     # -- relayed connections ---------------------------------------------------------------
 
     def _accepted(self, sock: socket.socket, client: Endpoint, local: Endpoint) -> None:
@@ -152,14 +156,13 @@ class Backend(Node):
     # -- requests --------------------------------------------------------------------------
 
     def local_app(self, connection: Connection, head: RequestHead) -> App | None:
-        """The application, for what is placed here and for what another node relays."""
+        """What answers wherever it is placed: what another node relays, and listings."""
         lists = self.hosted is None and not head.key and head.method in (b"GET", b"HEAD")
-        if connection.relayed_in or lists or self._sticky or head.key == b"*":
-            return self.app_for(connection, head)
-        place = self.peers.placement.choose(head.key.decode("utf-8", "surrogateescape"))
-        return self.app_for(connection, head) if place.name == self.backend.name else None
+        if connection.relayed_in or lists or head.key == b"*":
+            return self.own_app(connection, head)
+        return None
 
-    def app_for(self, connection: Connection, head: RequestHead) -> App:
+    def own_app(self, connection: Connection, head: RequestHead) -> App:
         """What answers a request that belongs to this node."""
         if self.store is None:
             return self.hosted or Refusal(503, "this backend serves nothing")

@@ -17,6 +17,7 @@ from prism._version import __version__
 from prism.commands.kmod import kmod
 from prism.commands.lab import lab
 from prism.commands.pki import pki
+from prism.commands.policy import reload, route
 from prism.errors import ConfigError, PrismError
 
 __all__ = ["cli", "main"]
@@ -91,8 +92,10 @@ def switch(path: Path, remove: bool) -> None:
 def check(path: Path) -> None:
     """Validate a configuration file and say which roles it serves."""
     from prism.config import load  # noqa: PLC0415
+    from prism.policy.engine import Policy  # noqa: PLC0415
 
     config = load(path)
+    Policy(config.policy)  # loads the routing function, too
     roles = [role for role in ("frontend", "backend", "switch") if getattr(config, role)]
     click.echo(f"{path}: good; roles: {', '.join(roles) or 'none'}; nodes: {len(config.nodes)}")
 
@@ -130,6 +133,8 @@ def doctor(as_json: bool) -> None:
 cli.add_command(kmod)
 cli.add_command(lab)
 cli.add_command(pki)
+cli.add_command(reload)
+cli.add_command(route)
 
 
 def main(arguments: list[str] | None = None) -> None:

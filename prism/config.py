@@ -12,13 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, PrivateAttr, ValidationError
 
 from prism.config_cluster import ClusterConfig
 from prism.config_errors import explain, report, syntax_line
 from prism.config_files import certificate_problems, with_absolute_paths
 from prism.config_nodes import BackendConfig, FrontendConfig, NodeConfig
 from prism.config_placement import PlacementConfig
+from prism.config_policy import PolicyConfig
+from prism.config_pools import PoolConfig
 from prism.config_switch import SwitchConfig
 from prism.config_telemetry import TelemetryConfig
 from prism.config_tls import TlsConfig
@@ -37,6 +39,8 @@ __all__ = [
     "HostPort",
     "NodeConfig",
     "PlacementConfig",
+    "PolicyConfig",
+    "PoolConfig",
     "SwitchConfig",
     "TelemetryConfig",
     "TlsConfig",
@@ -56,7 +60,15 @@ class Config(Section):
     tls: TlsConfig | None = None
     nodes: tuple[NodeConfig, ...] = Field((), max_length=1024)
     placement: PlacementConfig = PlacementConfig()
+    pools: tuple[PoolConfig, ...] = Field((), max_length=256)
+    policy: PolicyConfig = PolicyConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
+    _source: Path | None = PrivateAttr(None)
+
+    @property
+    def source(self) -> Path | None:
+        """The file it was read from."""
+        return self._source
 
     @property
     def listen(self) -> tuple[Endpoint, ...]:
@@ -93,7 +105,9 @@ def load(path: str | Path) -> Config:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: is not UTF-8 text, as TOML must be") from None
-    return parse(text, source=str(path), base=path.absolute().parent, certificates=True)
+    config = parse(text, source=str(path), base=path.absolute().parent, certificates=True)
+    config._source = path.absolute()
+    return config
 
 
 def parse(
@@ -173,6 +187,8 @@ def _inconsistencies(config: Config) -> Iterator[tuple[tuple[str | int, ...], st
         if node.name in names:
             yield ("nodes", index, "name"), f"{node.name!r} is taken; give each node its own name"
         names.add(node.name)
+    yield from _pool_problems(config, names)
+    yield from _policy_problems(config)
     if config.frontend is not None:
         if not config.listen:
             yield ("frontend", "listen"), "no address to listen on; give some, or cluster.services"
@@ -194,3 +210,36 @@ def _inconsistencies(config: Config) -> Iterator[tuple[tuple[str | int, ...], st
                 yield ("backend", key), "differs from its [[nodes]] entry; leave it out here"
     if config.switch is not None and config.switch.kind == "ebpf" and not config.switch.interfaces:
         yield ("switch", "interfaces"), "name the network devices the switch shall see"
+
+
+def _pool_problems(config: Config, nodes: set[str]) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    pools: set[str] = set()
+    for index, pool in enumerate(config.pools):
+        if pool.name in pools:
+            yield ("pools", index, "name"), f"{pool.name!r} is taken; give each pool its own name"
+        pools.add(pool.name)
+        for name in pool.nodes:
+            if name not in nodes:
+                yield ("pools", index, "nodes"), f"there is no [[nodes]] entry named {name!r}"
+        if len(set(pool.nodes)) < len(pool.nodes):
+            yield ("pools", index, "nodes"), "has a node twice"
+
+
+def _policy_problems(config: Config) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    from prism.policy.engine import Rule  # noqa: PLC0415 - it reads configurations itself
+
+    names: set[str] = set()
+    pools = {pool.name for pool in config.pools}
+    for index, rule in enumerate(config.policy.rules):
+        if rule.name in names:
+            yield ("policy", "rules", index, "name"), f"{rule.name!r} is taken"
+        names.add(rule.name)
+        if rule.pool is not None and rule.pool not in pools:
+            yield (
+                ("policy", "rules", index, "pool"),
+                f"there is no [[pools]] entry named {rule.pool!r}; add one",
+            )
+        try:
+            Rule(rule)
+        except ValueError as error:
+            yield ("policy", "rules", index), str(error)

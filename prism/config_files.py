@@ -17,6 +17,7 @@ _PATHS = {
     "cluster": ("pki_dir", "ca"),
     "frontend": ("node_certificate", "node_key"),
     "backend": ("node_certificate", "node_key", "store", "app_dir"),
+    "policy": ("route_dir",),
     "telemetry": ("log_file", "status_socket"),
 }
 

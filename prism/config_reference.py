@@ -41,7 +41,7 @@ def _section(name: str) -> str:
     model = model_at(Config, (name,))
     if model is None:
         raise TypeError(f"Config.{name} is no section")
-    heading = f"[[{name}]]" if name == "nodes" else f"[{name}]"
+    heading = f"[[{name}]]" if name in ("nodes", "pools") else f"[{name}]"
     rows = "".join(
         _row(key, entry) + _rows_below((name, key)) for key, entry in model.model_fields.items()
     )

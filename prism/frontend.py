@@ -23,7 +23,8 @@ from prism.http.stream import PlainStream, Stream
 from prism.listener import Listener
 from prism.node import Node, Refusal
 from prism.placement import Node as Place
-from prism.process import serve
+from prism.policy.decision import Action
+from prism.process import on_reload, serve
 from prism.tls.context import TlsContexts
 from prism.tls.established import Established
 from prism.tls.peer import Peer, pack_peer
@@ -139,6 +140,15 @@ class Frontend(Node):
         self.connections[key] = connection
         connection.start()
 
+    def use(self, serving: Any) -> None:
+        """Go by these settings from now on."""
+        super().use(serving)
+        self.frontend = serving
+
+    def reload_certificates(self) -> bool:
+        """Use certificate files that have changed; whether there were any."""
+        return self._tls is not None and self._tls.reload()
+
     # -- requests --------------------------------------------------------------------------
 
     def local_app(self, connection: Connection, head: RequestHead) -> App | None:
@@ -153,7 +163,8 @@ class Frontend(Node):
 
     def why_not(self, connection: Connection, place: Place) -> str:
         """As for every node, and never where the configuration says so."""
-        if self.frontend.handoff == "never":
+        wanted = connection.decision.action is Action.HANDOFF
+        if self.frontend.handoff == "never" and not wanted:
             return "configured"
         return super().why_not(connection, place)
 
@@ -186,6 +197,7 @@ async def run_node(node: Node, stop: asyncio.Event) -> None:
     """Serve until told to stop, then let open requests end."""
     try:
         await node.start()
+        on_reload(node.reload)
         await node.publish()
         await stop.wait()
         await node.drain()

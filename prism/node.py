@@ -15,8 +15,10 @@ import time
 from typing import Any
 
 from prism._version import __version__
+from prism.apps.listing import Listing
 from prism.apps.relay import Relay
 from prism.config import BackendConfig, Config, FrontendConfig
+from prism.errors import ConfigError, PrismError
 from prism.flow import Endpoint
 from prism.handoff.channel import Channel
 from prism.handoff.machine import Event, SourceState
@@ -27,7 +29,10 @@ from prism.http.head import HttpError, Limits, RequestHead
 from prism.peers import Peers
 from prism.placement import Node as Place
 from prism.placement import NoNode
+from prism.policy.decision import AUTO, Action, Decision
+from prism.policy.engine import Policy
 from prism.reconcile import Reconciler
+from prism.reload import reload_node
 from prism.switch.client import SwitchClient
 from prism.telemetry.logging import event, tracing
 from prism.telemetry.metrics import Metrics
@@ -69,6 +74,7 @@ class Node:
 
     role = "node"
     keeps_rules = False
+    listing: Listing
 
     def __init__(
         self, config: Config, serving: FrontendConfig | BackendConfig, worker: int
@@ -98,10 +104,12 @@ class Node:
         identity = Identity(serving.name, config.identity_files(serving))
         self.channel = Channel(self.name, cluster.channel_key(), self.on_offer, identity)
         self.peers = Peers(config, self.channel, serving.name)
+        self.policy = Policy(config.policy)
         self.reconciler = Reconciler(self)
         self.relay = Relay(
             connect_timeout=getattr(serving, "connect_timeout", 3.0), forwarding="origin"
         )
+        self.reloads = {"applied": 0, "refused": 0}
         self.stopping = False
         self._cookie = secrets.randbits(63)  # a restarted node must not repeat its last life's
         self._status = StatusServer(self.status, self.metrics)
@@ -165,14 +173,33 @@ class Node:
         await self._status.close()
 
     async def _sweep(self) -> None:
-        idle, head = self.serving.keepalive_timeout, self.serving.head_timeout
         while True:
             await asyncio.sleep(SWEEP)
+            idle, head = self.serving.keepalive_timeout, self.serving.head_timeout
             now = time.monotonic()
             overdue = [c for c in self.connections.values() if c.overdue(now, idle=idle, head=head)]
             for connection in overdue:
                 self.metrics.heads_timed_out += bool(connection.asked_ns)
                 connection.expire()
+
+    def use(self, serving: Any) -> None:
+        """Go by these settings of the node's own section from now on."""
+        self.serving = serving
+
+    def reload_certificates(self) -> bool:
+        """Use certificate files that have changed; whether there were any."""
+        return False
+
+    def reload(self) -> None:
+        """Read the configuration file again and apply it; one that is no good changes nothing."""
+        try:
+            changed = reload_node(self)
+        except ConfigError as error:
+            self.reloads["refused"] += 1
+            log.error("the new configuration is refused, the old one stays:\n%s", error)
+            return
+        self.reloads["applied"] += 1
+        log.info("configuration reloaded; changed: %s", ", ".join(changed) or "nothing")
 
     def status(self) -> dict[str, Any]:
         """The status document."""
@@ -187,20 +214,30 @@ class Node:
             "channel": self.channel.counters.as_dict(),
             "peers": self.peers.status(),
             "switch_reachable": self.switch.reachable,
+            "reloads": dict(self.reloads),
         }
 
     # -- requests --------------------------------------------------------------------------
 
     def dispatch(self, connection: Connection, head: RequestHead) -> None:
         """Serve a request here, hand the connection over, or relay the request."""
+        decision = connection.decision = self.decide(connection, head)
+        if decision.answer is not None:
+            self.serve(connection, decision.answer)
+            return
+        if decision.edits is not None:
+            head.headers = decision.edits.apply(head.headers)
         app = self.local_app(connection, head)
+        if app is None:
+            try:
+                place = self.place_for(connection, head)
+            except PrismError as error:
+                self.serve(connection, Refusal(503, str(error)))
+                return
+            if place.name == self.serving.name:
+                app = self.own_app(connection, head)
         if app is not None:
             self.serve(connection, app)
-            return
-        try:
-            place = self.peers.placement.choose(head.key.decode("utf-8", "surrogateescape"))
-        except NoNode as error:
-            self.serve(connection, Refusal(503, str(error)))
             return
         connection.place = place
         name, link = self.peers.link(place, connection.key)
@@ -210,12 +247,50 @@ class Node:
             return
         self.hand_over(connection, link, name)
 
+    def decide(self, connection: Connection, head: RequestHead) -> Decision:
+        """What the policy says; once for each request, on each node that it comes to.
+
+        What a node relays has been decided about there.
+        """
+        if self.policy.trivial or connection.relayed_in:
+            return AUTO
+        stream = connection.stream
+        facts = stream.facts if isinstance(stream, TlsStream) else b""
+        decision = self.policy.decide(head, connection.flow.client.host, facts)
+        self.metrics.decisions.add(decision.rule or "default", decision.action.value)
+        return decision
+
+    def place_for(self, connection: Connection, head: RequestHead) -> Place:
+        """The node a request belongs to; this one, wherever it may be served here as well.
+
+        Raises:
+            NoNode: there is none for it.
+            ConfigError: the decision names a pool or a placement that there is not.
+        """
+        decision = connection.decision
+        pool = self.peers.pools.get(decision.pool, decision.placement)
+        name = decision.node
+        if not name and not pool.placement.keyed and self.serving.name in pool.names:
+            name = self.serving.name
+        if name:
+            node = pool.node(name)
+            if node is None:
+                raise NoNode(f"node {name} is not in the pool of this request")
+            return node
+        return pool.placement.choose(head.key.decode("utf-8", "surrogateescape"))
+
     def local_app(self, connection: Connection, head: RequestHead) -> App | None:
-        """What answers this request on this node; ``None``: it belongs to another node."""
+        """What answers this request on this node wherever it is placed; ``None``: nothing does."""
+        raise NotImplementedError
+
+    def own_app(self, connection: Connection, head: RequestHead) -> App:
+        """What answers a request that is placed here."""
         raise NotImplementedError
 
     def why_not(self, connection: Connection, place: Place) -> str:
         """Why the connection should rather not be handed over to ``place``; empty: it should."""
+        if connection.decision.action is Action.RELAY:
+            return "policy"
         if connection.hops >= MAX_HOPS:
             return "too-many-hops"
         if not place.serves(connection.flow.service.host):

@@ -8,7 +8,8 @@ from time import monotonic
 from prism.config import Config
 from prism.handoff.channel import Channel
 from prism.handoff.link import Link
-from prism.placement import Node, Placement, placement_from
+from prism.placement import Node, Placement
+from prism.pools import Pools
 
 __all__ = ["Peers"]
 
@@ -21,19 +22,30 @@ class Peers:
     """Links to every worker of every backend but this process's own node."""
 
     def __init__(self, config: Config, channel: Channel, own_node: str) -> None:
-        self.placement: Placement = placement_from(config)
+        self.pools = Pools(config)
         self.own_node = own_node
         self._channel = channel
         self._links: dict[str, Link] = {}
         self._paused: dict[str, tuple[float, float]] = {}  # until when, and for how long
 
+    @property
+    def placement(self) -> Placement:
+        """The placement over all nodes."""
+        return self.pools.all.placement
+
     def connect(self) -> None:
         """Begin to keep the links up."""
-        for node in self.placement.nodes:
+        for node in self.pools.nodes:
             if node.name == self.own_node:
                 continue
             for name, endpoint in zip(node.worker_names, node.handoff_endpoints, strict=True):
-                self._links[name] = self._channel.link(name, endpoint)
+                if name not in self._links:
+                    self._links[name] = self._channel.link(name, endpoint)
+
+    def change(self, pools: Pools) -> None:
+        """Place by other pools from now on. Links to nodes that left stay, unused."""
+        self.pools = pools
+        self.connect()
 
     async def wait_connected(self, seconds: float) -> None:
         """Wait until every link is up, ``seconds`` at most."""

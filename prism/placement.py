@@ -13,7 +13,7 @@ from typing import Protocol
 
 from xxhash import xxh3_64_intdigest
 
-from prism.config import Config, NodeConfig
+from prism.config import Config, NodeConfig, PlacementConfig
 from prism.errors import ConfigError, PrismError
 from prism.flow import Endpoint
 
@@ -25,6 +25,7 @@ __all__ = [
     "Placement",
     "RoundRobin",
     "placement_from",
+    "placement_of",
 ]
 
 _TWO_64 = float(1 << 64)
@@ -85,9 +86,15 @@ class Node:
 
 
 class Placement(Protocol):
-    """Chooses nodes. Not thread-safe: a worker process has one thread that places."""
+    """Chooses nodes. Not thread-safe: a worker process has one thread that places.
+
+    Attributes:
+        nodes: those it chooses from.
+        keyed: a request belongs to the node that its key leads to; if not, every node may serve it.
+    """
 
     nodes: tuple[Node, ...]
+    keyed: bool
 
     def choose(self, key: str, avoid: Container[str] = ()) -> Node:
         """The node for ``key`` (a request's path), none of the names in ``avoid``.
@@ -105,6 +112,8 @@ class Placement(Protocol):
 
 class _Base:
     """The nodes, and counting that only least-connections needs."""
+
+    keyed = False
 
     def __init__(self, nodes: Iterable[Node]) -> None:
         self.nodes = tuple(nodes)
@@ -124,6 +133,8 @@ class Partitioned(_Base):
     Without one node only its keys move, each to the node that came second (Thaler and
     Ravishankar, 1998); a node's share is in proportion to its weight.
     """
+
+    keyed = True
 
     def __init__(self, nodes: Iterable[Node]) -> None:
         super().__init__(nodes)
@@ -220,4 +231,13 @@ def placement_from(config: Config) -> Placement:
     Raises:
         ConfigError: there are no nodes.
     """
-    return _KINDS[config.placement.name](Node.of(node) for node in config.nodes)
+    return placement_of(config.placement, map(Node.of, config.nodes))
+
+
+def placement_of(settings: PlacementConfig, nodes: Iterable[Node]) -> Placement:
+    """A placement over some of the nodes.
+
+    Raises:
+        ConfigError: there are no nodes.
+    """
+    return _KINDS[settings.name](nodes)

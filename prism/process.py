@@ -27,13 +27,14 @@ from prism.config import TelemetryConfig
 from prism.errors import PrismError
 from prism.telemetry.logging import configure
 
-__all__ = ["Main", "harden", "serve", "start_time"]
+__all__ = ["Main", "harden", "on_reload", "serve", "start_time"]
 
 Main = Callable[[int, asyncio.Event], Awaitable[None]]
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
-_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_STOPPING = (signal.SIGTERM, signal.SIGINT)
+_on_reload: list[Callable[[], None]] = []
 _SETTLED = 2.0  # seconds after which a worker counts as started
 _BACK_OFF = (0.1, 5.0)  # first and longest pause before a dead worker is started again, seconds
 _LAST_WORD = 2.0  # seconds from cancellation, or SIGTERM's end of patience, to the hard end
@@ -48,6 +49,18 @@ def harden() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def on_reload(call: Callable[[], None]) -> None:
+    """Have ``call`` run in this process's event loop at each SIGHUP, instead of what did so far."""
+    _on_reload[:] = [call]
+
+
+def _reload() -> None:
+    if not _on_reload:
+        _log.warning("SIGHUP: nothing here can be reloaded; restart to apply a new configuration")
+    for call in _on_reload:
+        call()
 
 
 def start_time(pid: int) -> int | None:
@@ -66,7 +79,7 @@ def start_time(pid: int) -> int | None:
 def serve(
     main: Main, names: Sequence[str], telemetry: TelemetryConfig, *, patience: float = 10.0
 ) -> int:
-    """Run a role until SIGTERM, SIGINT or SIGHUP; returns the exit code.
+    """Run a role until SIGTERM or SIGINT; returns the exit code. SIGHUP: see :func:`on_reload`.
 
     Args:
         main: the role; called with the worker's number and the event that asks it to stop.
@@ -113,6 +126,7 @@ async def _until_stopped(main: Main, worker: int, patience: float) -> None:
 
     for number in _STOPPING:
         loop.add_signal_handler(number, asked)
+    loop.add_signal_handler(signal.SIGHUP, _reload)
     asker = asyncio.ensure_future(stop.wait())
     await asyncio.wait((task, asker), return_when=asyncio.FIRST_COMPLETED)
     asker.cancel()
@@ -150,7 +164,7 @@ class _Supervisor:
         self._telemetry = telemetry
         self._patience = patience
         self._children: list[_Child] = []
-        self._signals = {*_STOPPING, signal.SIGCHLD}
+        self._signals = {*_STOPPING, signal.SIGHUP, signal.SIGCHLD}
 
     def run(self) -> int:
         """Until told to stop, or a worker cannot even start; the exit code."""
@@ -164,6 +178,8 @@ class _Supervisor:
                 number = signal.sigtimedwait(self._signals, self._next_due())
                 if number is not None and number.si_signo in _STOPPING:
                     break
+                if number is not None and number.si_signo == signal.SIGHUP:
+                    self._pass_on(signal.SIGHUP)
                 code = self._reap()
                 self._restart()
         finally:
@@ -226,6 +242,11 @@ class _Supervisor:
                 child.due, child.since = 0.0, time.monotonic()
                 child.pid = self._fork(worker)
                 _log.info("worker %s started again", self._names[worker])
+
+    def _pass_on(self, number: signal.Signals) -> None:
+        for child in self._children:
+            if child.pid:
+                os.kill(child.pid, number)
 
     def _stop(self) -> None:
         """SIGTERM to all, SIGKILL to who outlives the patience; all are reaped afterwards."""

@@ -30,13 +30,13 @@ class Listing:
     """
 
     def __init__(self, nodes: Sequence[Node]) -> None:
-        self._nodes = tuple(nodes)
+        self.nodes = tuple(nodes)
 
     async def handle(self, exchange: Exchange) -> None:
         """Ask all backends, merge, answer."""
         query = exchange.head.query
         target = b"/?" + query if query else b"/"
-        answers = await asyncio.gather(*(self._page(node, target) for node in self._nodes))
+        answers = await asyncio.gather(*(self._page(node, target) for node in self.nodes))
         for status, body in answers:
             if status != 200:  # all are asked the same, so a bad query is bad for all
                 detail = _detail(body) if status < 500 else "a backend cannot list its objects"

@@ -170,7 +170,8 @@ class ObjectStore:
             )
         if (exchange.body.length or 0) > self.max_size:
             raise HttpError(413, f"objects have at most {self.max_size} octets")
-        exchange.body.limit = self.max_size
+        limit = exchange.body.limit  # the policy's
+        exchange.body.limit = self.max_size if limit is None else min(limit, self.max_size)
         md5 = _announced_md5(head)
         if conditional(head):
             _refuse_unless(head, await self._run(self.objects.meta, head.key))

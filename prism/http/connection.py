@@ -26,6 +26,7 @@ from prism.http.head import HttpError, Limits, RequestHead, parse_head
 from prism.http.origin import Origin, origin_of, take_origin
 from prism.http.stream import Stream, has_unread, linger_close
 from prism.placement import Node
+from prism.policy.decision import AUTO, Decision
 
 __all__ = ["Connection", "Dispatcher", "State"]
 
@@ -74,6 +75,7 @@ class Connection:
         key: the flow, packed: the switch's and the nodes' key.
         local: the socket's own address and port.
         place: the node the current request belongs to, where that is another one.
+        decision: what the policy says about the current request.
         gen: generation of its rule; 0 while there is none.
         hops: owners the current request has passed without being answered.
         cut: the client ended the connection inside a request body.
@@ -87,6 +89,7 @@ class Connection:
         "_turns",
         "asked_ns",
         "cut",
+        "decision",
         "dispatcher",
         "flow",
         "gen",
@@ -119,6 +122,7 @@ class Connection:
         self.dispatcher = dispatcher
         self.local = local
         self.place: Node | None = None
+        self.decision: Decision = AUTO
         self.gen = gen
         self.hops = hops
         self.relayed_in = relayed_in
@@ -230,6 +234,7 @@ class Connection:
             self.dispatcher.server,
             self.dispatcher.body_timeout,
         )
+        exchange.body.limit = self.decision.max_body
         try:
             self.stream.consume(head.length)
             rest = app.handle(exchange)
