@@ -33,9 +33,6 @@ class Mirror:
     def __init__(self, node: _Receiver) -> None:
         self._node = node
 
-    def prepare(self) -> None:
-        """Nothing to do: this node is awake."""
-
     def offer(self, offer: Offer, on_answer: Callable[[Answer], None], deadline: float) -> None:
         """As :meth:`prism.handoff.channel.Link.offer`: a late answer may follow ``TimedOut``."""
         timer = asyncio.get_running_loop().call_later(deadline, on_answer, TimedOut())

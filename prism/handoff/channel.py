@@ -26,18 +26,7 @@ from prism.handoff import wire
 from prism.handoff.connection import ChannelCounters, Connection, Shared, node_of, serve
 from prism.handoff.link import Answer, Link, LinkLost, TimedOut, answer_event
 from prism.handoff.secure import Distrust, Why
-from prism.handoff.vigil import Vigil
-from prism.handoff.wire import (
-    Hello,
-    Message,
-    Offer,
-    Ping,
-    Prepare,
-    Reason,
-    Refused,
-    Sealer,
-    Taken,
-)
+from prism.handoff.wire import Hello, Message, Offer, Ping, Reason, Refused, Sealer, Taken
 from prism.tls.identity import Identity
 
 __all__ = [
@@ -84,7 +73,6 @@ class Channel:
             raise ValueError(f"{name} cannot show the certificate of node {identity.node}")
         self.shared = Shared(name, key, identity)
         self.on_offer = on_offer
-        self.vigil = Vigil()
         self._links: dict[str, Link] = {}
         self._callers: dict[Caller, None] = {}  # in the order they came
         self._servers: list[asyncio.Server] = []
@@ -206,10 +194,7 @@ class Caller(Connection):
         """An offer, a ping, or the handshake."""
         if type(message) is Offer and self.ready:
             self.counters.offers_received += 1
-            self.channel.vigil.end()
             self.channel.on_offer(message, Reply(self, message.id))
-        elif type(message) is Prepare and self.ready:
-            self.channel.vigil.begin()
         elif type(message) is Ping and self._greeted:
             if not self.ready:
                 self.established()

@@ -27,7 +27,6 @@ BACKOFF_FIRST = 0.05  # seconds
 BACKOFF_LONGEST = 2.0  # seconds
 MAX_OUTSTANDING = 4096  # offers on one link without an answer
 MAX_QUEUED = 64 << 20  # octets on one link that the kernel has not taken yet
-RESTED = 0.001  # seconds without an offer after which a peer may be asleep
 MAX_LATE = 1024  # timed-out offers of which a late answer is still recognised
 
 
@@ -85,7 +84,6 @@ class Link:
         self._outstanding: dict[int, _Outstanding] = {}
         self._next = 1
         self._late = 0
-        self._offered = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._up = asyncio.Event()
         self._closed = False
@@ -109,18 +107,6 @@ class Link:
         except TimeoutError:
             return False
         return True
-
-    def prepare(self) -> None:
-        """Have the peer stay awake for an offer that will follow in a moment.
-
-        Not where offers come so closely one upon the other that it is awake anyway, or waits for
-        an answer of ours already.
-        """
-        calling = self._calling
-        if calling is None or calling.blocked or self.outstanding:
-            return
-        if self._loop.time() - self._offered > RESTED:
-            calling.write(calling.sealer.prepare())
 
     def offer(self, offer: Offer, on_answer: OnAnswer, deadline: float = DEADLINE) -> None:
         """Send an offer; ``on_answer`` is called once within ``deadline`` seconds.
@@ -149,8 +135,7 @@ class Link:
             on_answer(Refused(Reason.TOO_LARGE, str(error)))
             return
         self._next = number + 1
-        self._offered = self._loop.time()
-        due = self._offered + deadline
+        due = self._loop.time() + deadline
         self._outstanding[number] = _Outstanding(on_answer, due)
         if self._timer is None or self._timer.when() > due:
             self._arm(due)

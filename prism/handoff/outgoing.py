@@ -33,9 +33,6 @@ log = logging.getLogger(__name__)
 class Way(Protocol):
     """What offers go by: a :class:`prism.handoff.channel.Link`, or the way to this very node."""
 
-    def prepare(self) -> None:
-        """As :meth:`prism.handoff.channel.Link.prepare`."""
-
     def offer(self, offer: Offer, on_answer: Callable[[Answer], None], deadline: float) -> None:
         """As :meth:`prism.handoff.channel.Link.offer`."""
 
@@ -121,7 +118,6 @@ class Outgoing:
 
     def start(self) -> None:
         """Hand over, beginning with the lock."""
-        self._link.prepare()
         self.connection.detach()
         self._runner.post(Event.START_RULE if self.connection.gen else Event.START_NEW)
 

@@ -42,7 +42,6 @@ __all__ = [
     "Offer",
     "Ping",
     "Pong",
-    "Prepare",
     "Reason",
     "Refused",
     "Sealer",
@@ -171,15 +170,8 @@ class Pong(NamedTuple):
     id: int = 0
 
 
-class Prepare(NamedTuple):
-    """An offer will follow in a moment: stay awake. Not answered."""
-
-    id: int = 0
-
-
-Message = Hello | Offer | Taken | Refused | Ping | Pong | Prepare
-_HELLO_TYPE, _OFFER_TYPE, _TAKEN_TYPE, _REFUSED_TYPE = range(1, 5)
-_PING_TYPE, _PONG_TYPE, _PREPARE_TYPE = range(5, 8)
+Message = Hello | Offer | Taken | Refused | Ping | Pong
+_HELLO_TYPE, _OFFER_TYPE, _TAKEN_TYPE, _REFUSED_TYPE, _PING_TYPE, _PONG_TYPE = range(1, 7)
 
 
 def _derive(key: bytes, purpose: bytes, data: bytes = b"") -> bytes:
@@ -259,10 +251,6 @@ class Sealer:
     def pong(self, number: int) -> bytes:
         """A PONG frame."""
         return self._seal(_PONG_TYPE, _ID.pack(number))
-
-    def prepare(self, number: int = 0) -> bytes:
-        """A PREPARE frame."""
-        return self._seal(_PREPARE_TYPE, _ID.pack(number))
 
 
 class Decoder:
@@ -349,8 +337,6 @@ def _parse(kind: int, data: bytes | bytearray, at: int, end: int) -> Message:
             return Ping(*_ID.unpack_from(data, at))
         if kind == _PONG_TYPE and end - at == _ID.size:
             return Pong(*_ID.unpack_from(data, at))
-        if kind == _PREPARE_TYPE and end - at == _ID.size:
-            return Prepare(*_ID.unpack_from(data, at))
         if kind == _HELLO_TYPE:
             return _parse_hello(bytes(data[at:end]))
     except (struct.error, IndexError, UnicodeDecodeError):

@@ -23,7 +23,7 @@ from channel_bed import (
 
 from prism.errors import HandoffError
 from prism.flow import Endpoint
-from prism.handoff import connection, link, secure, vigil, wire
+from prism.handoff import connection, link, secure, wire
 from prism.handoff.channel import (
     Channel,
     LinkLost,
@@ -185,47 +185,6 @@ async def test_a_thousand_offers():
         assert (here.counters.taken, here.counters.refused) == (500, 500)
         assert there.counters.offers_received == 1000
         assert here.counters.connects == 1
-
-
-async def test_a_peer_stays_awake_for_an_announced_offer(monkeypatch):
-    monkeypatch.setattr(vigil, "LONGEST", 60.0)
-    async with channel("be1/0") as target, channel("fe1/0") as source:
-        way = source.link("be1/0", await target.listen(ANYWHERE))
-        assert await way.wait_connected(3)
-        way.prepare()
-        await until(lambda: target.vigil.on)
-        assert type(await ask(way)) is Taken
-        await until(lambda: not target.vigil.on)
-
-
-async def test_nobody_stays_awake_for_long(monkeypatch):
-    monkeypatch.setattr(vigil, "LONGEST", 0.02)
-    async with channel("be1/0") as target, channel("fe1/0") as source:
-        way = source.link("be1/0", await target.listen(ANYWHERE))
-        assert await way.wait_connected(3)
-        target.vigil.begin()
-        target.vigil.begin()
-        assert target.vigil.on
-        await until(lambda: not target.vigil.on)
-
-
-async def test_a_busy_peer_is_not_told_to_stay_awake(monkeypatch):
-    monkeypatch.setattr(link, "RESTED", 60.0)
-    monkeypatch.setattr(vigil, "LONGEST", 60.0)
-    monkeypatch.setattr(vigil.Vigil, "end", lambda self: None)  # once awake, always awake
-    async with channel("be1/0") as target, channel("fe1/0") as source:
-        way = source.link("be1/0", await target.listen(ANYWHERE))
-        assert await way.wait_connected(3)
-        await ask(way)
-        way.prepare()
-        await ask(way)  # in its order behind what prepare would have sent
-        assert not target.vigil.on
-        assert target.counters.offers_received == 2
-
-
-async def test_announcing_without_a_link_does_nothing():
-    async with channel("fe1/0") as source:
-        source.link("be1/0", Endpoint("127.0.0.1", 1)).prepare()
 
 
 async def test_a_large_state_passes():

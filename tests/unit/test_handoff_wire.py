@@ -18,7 +18,6 @@ from prism.handoff.wire import (
     Offer,
     Ping,
     Pong,
-    Prepare,
     Reason,
     Refused,
     Sealer,
@@ -48,7 +47,6 @@ messages = st.one_of(
     st.builds(Refused, st.sampled_from(Reason), texts, numbers),
     st.builds(Ping, numbers),
     st.builds(Pong, numbers),
-    st.builds(Prepare, numbers),
 )
 hellos = st.builds(
     Hello,
@@ -71,8 +69,6 @@ def seal(sealer: Sealer, message: object) -> bytes:
             return sealer.ping(number)
         case Pong(number):
             return sealer.pong(number)
-        case Prepare(number):
-            return sealer.prepare(number)
         case Hello():
             return sealer.hello(message)
     raise AssertionError(message)
