@@ -11,6 +11,7 @@ from typing import Any
 from prism.apps.hosted import Hosted, hosted
 from prism.apps.listing import Listing
 from prism.apps.objectstore import ObjectStore
+from prism.apps.refusal import Refusal
 from prism.config import BackendConfig, Config
 from prism.errors import ConfigError, ProtocolError
 from prism.flow import Endpoint, Flow
@@ -25,7 +26,7 @@ from prism.http.stream import PlainStream
 from prism.listener import Listener
 from prism.monitor.base import Gone
 from prism.monitor.choose import monitor_for
-from prism.node import Node, Refusal
+from prism.node import Node
 from prism.process import serve
 from prism.renewal import Mirror
 from prism.switch.control import Message, Op, Status

@@ -113,6 +113,19 @@ class _Serving(_Identity):
     drain_timeout: float = Field(
         5.0, ge=0, le=3600, description="Seconds for open requests when told to stop."
     )
+    handoff: Literal["always", "never", "adaptive"] = Field(
+        "adaptive",
+        description="Which requests of other nodes are handed over with their connection: "
+        "`adaptive`, those that pay, the others are relayed; `always`; `never`: relay all, like a "
+        "plain proxy. A rule's action goes before it.",
+    )
+    handoff_threshold: int | None = Field(
+        None,
+        ge=0,
+        le=1024**4,
+        description="With `adaptive`: octets of request and response from which a handoff pays; "
+        "measured by default.",
+    )
 
 
 class FrontendConfig(_Serving):
@@ -122,9 +135,6 @@ class FrontendConfig(_Serving):
         (),
         max_length=64,
         description="Service addresses to listen on; default: `cluster.services`.",
-    )
-    handoff: Literal["always", "never"] = Field(
-        "always", description="Whether requests are handed over; `never` makes it a plain proxy."
     )
     relay: bool = Field(
         True, description="Relay what cannot be handed over; without it, such requests get a 503."

@@ -12,6 +12,7 @@ import socket
 from typing import Any
 
 from prism.apps.listing import Listing
+from prism.apps.refusal import Refusal
 from prism.config import Config, FrontendConfig
 from prism.errors import ConfigError
 from prism.flow import Endpoint, Flow
@@ -21,9 +22,7 @@ from prism.http.exchange import App
 from prism.http.head import RequestHead
 from prism.http.stream import PlainStream, Stream
 from prism.listener import Listener
-from prism.node import Node, Refusal
-from prism.placement import Node as Place
-from prism.policy.decision import Action
+from prism.node import Node
 from prism.process import on_reload, serve
 from prism.tls.context import TlsContexts
 from prism.tls.established import Established
@@ -160,13 +159,6 @@ class Frontend(Node):
         if not head.key and head.method in (b"GET", b"HEAD"):
             return self.listing
         return None
-
-    def why_not(self, connection: Connection, place: Place) -> str:
-        """As for every node, and never where the configuration says so."""
-        wanted = connection.decision.action is Action.HANDOFF
-        if self.frontend.handoff == "never" and not wanted:
-            return "configured"
-        return super().why_not(connection, place)
 
     def serve_here(self, connection: Connection, why: str) -> None:
         """Relay, unless the configuration forbids it."""

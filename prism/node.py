@@ -16,6 +16,7 @@ from typing import Any
 
 from prism._version import __version__
 from prism.apps.listing import Listing
+from prism.apps.refusal import Refusal
 from prism.apps.relay import Relay
 from prism.config import BackendConfig, Config, FrontendConfig
 from prism.errors import ConfigError, PrismError
@@ -29,7 +30,7 @@ from prism.http.head import HttpError, Limits, RequestHead
 from prism.peers import Peers
 from prism.placement import Node as Place
 from prism.placement import NoNode
-from prism.policy.decision import AUTO, Action, Decision
+from prism.policy.decision import AUTO, Decision
 from prism.policy.engine import Policy
 from prism.reconcile import Reconciler
 from prism.reload import reload_node
@@ -39,8 +40,9 @@ from prism.telemetry.metrics import Metrics
 from prism.telemetry.status import StatusServer
 from prism.tls.identity import Identity
 from prism.tls.stream import TlsStream
+from prism.weighing import Weigher
 
-__all__ = ["Node", "Refusal"]
+__all__ = ["Node"]
 
 log = logging.getLogger(__name__)
 
@@ -48,20 +50,6 @@ MAX_HOPS = 4  # owners a connection may pass for one request; then it is relayed
 _COOKIES = (1 << 63) - 1
 LINKS_PATIENCE = 1.0  # seconds
 SWEEP = 1.0  # seconds between two looks for connections that wait too long
-
-
-class Refusal:
-    """An application that answers every request with the same error."""
-
-    def __init__(self, status: int, detail: str, *, close: bool = False) -> None:
-        self._error = HttpError(status, detail)
-        self._close = close
-
-    def handle(self, exchange: Exchange) -> Any:
-        """Answer with the error."""
-        if self._close:
-            exchange.keep_alive = False
-        return exchange.fail(self._error)
 
 
 class Node:
@@ -105,6 +93,7 @@ class Node:
         self.channel = Channel(self.name, cluster.channel_key(), self.on_offer, identity)
         self.peers = Peers(config, self.channel, serving.name)
         self.policy = Policy(config.policy)
+        self.weigher = Weigher(serving, self.channel, self.metrics)
         self.reconciler = Reconciler(self)
         self.relay = Relay(
             connect_timeout=getattr(serving, "connect_timeout", 3.0), forwarding="origin"
@@ -166,6 +155,7 @@ class Node:
             self._sweeper.cancel()
         for connection in list(self.connections.values()):
             connection.close(abort=connection.state is not State.IDLE)
+        self.weigher.close()
         await self.reconciler.close()
         self.relay.close()
         await self.channel.close()
@@ -185,6 +175,7 @@ class Node:
     def use(self, serving: Any) -> None:
         """Go by these settings of the node's own section from now on."""
         self.serving = serving
+        self.weigher.use(serving)
 
     def reload_certificates(self) -> bool:
         """Use certificate files that have changed; whether there were any."""
@@ -215,12 +206,14 @@ class Node:
             "peers": self.peers.status(),
             "switch_reachable": self.switch.reachable,
             "reloads": dict(self.reloads),
+            "adaptive": self.weigher.status(),
         }
 
     # -- requests --------------------------------------------------------------------------
 
     def dispatch(self, connection: Connection, head: RequestHead) -> None:
         """Serve a request here, hand the connection over, or relay the request."""
+        connection.place = None
         decision = connection.decision = self.decide(connection, head)
         if decision.answer is not None:
             self.serve(connection, decision.answer)
@@ -289,13 +282,13 @@ class Node:
 
     def why_not(self, connection: Connection, place: Place) -> str:
         """Why the connection should rather not be handed over to ``place``; empty: it should."""
-        if connection.decision.action is Action.RELAY:
-            return "policy"
         if connection.hops >= MAX_HOPS:
             return "too-many-hops"
         if not place.serves(connection.flow.service.host):
             return "address-family"
-        return self.why_not_anywhere(connection)
+        decision = connection.decision
+        pool = self.peers.pools.get(decision.pool, decision.placement)
+        return self.why_not_anywhere(connection) or self.weigher.why_relay(connection, pool)
 
     def why_not_anywhere(self, connection: Connection) -> str:
         """Why the connection cannot be handed over now, wherever it goes; empty: it can."""
@@ -327,6 +320,7 @@ class Node:
         """Count a response."""
         self.metrics.requests.add(exchange.head.method.decode("ascii"), exchange.status)
         self.metrics.bytes_out += exchange.sent
+        self.weigher.answered(connection, exchange)
 
     def closed(self, connection: Connection) -> None:
         """Forget a connection."""
@@ -362,6 +356,7 @@ class Node:
     def handed_over(self, handoff: Outgoing) -> None:
         """Another node has the connection."""
         self.metrics.handoffs_out += 1
+        self.weigher.handed_over(handoff.connection)
         self.peers.answered(handoff.target)
 
     def taken_back(self, handoff: Outgoing) -> None:

@@ -37,6 +37,7 @@ _SERVING = frozenset(
         "handoff_deadline_ms",
         "drain_timeout",
         "handoff",
+        "handoff_threshold",
         "relay",
     )
 )

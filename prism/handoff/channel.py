@@ -45,6 +45,7 @@ __all__ = [
 ]
 
 MAX_CALLERS = 1024  # accepted connections
+MAX_UNREAD = 65536  # octets a caller may not have read for it to get reports
 OnOffer = Callable[[Offer, "Reply"], None]
 
 
@@ -118,6 +119,16 @@ class Channel:
             caller.drop()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._servers.clear()
+
+    def report(self, data: bytes) -> None:
+        """Tell all callers what was learned, in up to ``MAX_REPORT`` octets.
+
+        It is a hint: who is slow to read, or not known yet, is left out.
+        """
+        for caller in self._callers:
+            transport = caller.transport
+            if caller.ready and transport and transport.get_write_buffer_size() < MAX_UNREAD:
+                caller.write(caller.sealer.report(data))
 
     def admit(self, caller: Caller) -> bool:
         """Count a new caller in, or turn it away.

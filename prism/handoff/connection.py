@@ -87,6 +87,7 @@ class Shared:
     ping_interval: float = PING_INTERVAL
     silence: float = SILENCE
     handshake_time: float = HANDSHAKE_TIME
+    on_report: Callable[[bytes], None] = lambda data: None
 
 
 async def serve(

@@ -18,7 +18,7 @@ from prism.handoff import wire
 from prism.handoff.connection import Connection, Shared, connect, node_of
 from prism.handoff.machine import Event
 from prism.handoff.secure import Distrust, Why
-from prism.handoff.wire import Hello, Message, Offer, Pong, Reason, Refused, Sealer, Taken
+from prism.handoff.wire import Hello, Message, Offer, Pong, Reason, Refused, Report, Sealer, Taken
 
 __all__ = ["Answer", "Link", "LinkLost", "OnAnswer", "TimedOut", "answer_event"]
 
@@ -278,6 +278,8 @@ class Calling(Connection):
         """An answer, or the handshake."""
         if type(message) is Taken or type(message) is Refused:
             self.link.answered(message.id, message)
+        elif type(message) is Report and self.ready:
+            self.shared.on_report(message.data)
         elif type(message) is Pong and self._greeted:
             if not self.ready:
                 self.established()

@@ -33,6 +33,7 @@ __all__ = [
     "MAX_BODY",
     "MAX_HELLO",
     "MAX_OFFER",
+    "MAX_REPORT",
     "NONCE_SIZE",
     "VERSION",
     "Decoder",
@@ -44,6 +45,7 @@ __all__ = [
     "Pong",
     "Reason",
     "Refused",
+    "Report",
     "Sealer",
     "Taken",
     "WireError",
@@ -55,6 +57,7 @@ VERSION = 1
 MAX_OFFER = 32 << 20
 """Largest sum of an offer's states and pending octets."""
 MAX_HELLO = 1024
+MAX_REPORT = 1024
 NONCE_SIZE = 16
 _MAC_SIZE = 16
 _MAX_TEXT = 200
@@ -170,8 +173,15 @@ class Pong(NamedTuple):
     id: int = 0
 
 
-Message = Hello | Offer | Taken | Refused | Ping | Pong
-_HELLO_TYPE, _OFFER_TYPE, _TAKEN_TYPE, _REFUSED_TYPE, _PING_TYPE, _PONG_TYPE = range(1, 7)
+class Report(NamedTuple):
+    """What the listener has learned of late, for whoever calls it (`prism.adaptive`)."""
+
+    data: bytes = b""
+
+
+Message = Hello | Offer | Taken | Refused | Ping | Pong | Report
+_HELLO_TYPE, _OFFER_TYPE, _TAKEN_TYPE, _REFUSED_TYPE = range(1, 5)
+_PING_TYPE, _PONG_TYPE, _REPORT_TYPE = range(5, 8)
 
 
 def _derive(key: bytes, purpose: bytes, data: bytes = b"") -> bytes:
@@ -251,6 +261,10 @@ class Sealer:
     def pong(self, number: int) -> bytes:
         """A PONG frame."""
         return self._seal(_PONG_TYPE, _ID.pack(number))
+
+    def report(self, data: bytes) -> bytes:
+        """A REPORT frame, of up to ``MAX_REPORT`` octets."""
+        return self._seal(_REPORT_TYPE, data)
 
 
 class Decoder:
@@ -337,6 +351,8 @@ def _parse(kind: int, data: bytes | bytearray, at: int, end: int) -> Message:
             return Ping(*_ID.unpack_from(data, at))
         if kind == _PONG_TYPE and end - at == _ID.size:
             return Pong(*_ID.unpack_from(data, at))
+        if kind == _REPORT_TYPE and end - at <= MAX_REPORT:
+            return Report(bytes(data[at:end]))
         if kind == _HELLO_TYPE:
             return _parse_hello(bytes(data[at:end]))
     except (struct.error, IndexError, UnicodeDecodeError):

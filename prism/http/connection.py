@@ -316,6 +316,7 @@ class Connection:
         if not exchange.settled:
             await exchange.finish()
         if not exchange.keep_alive:
+            self.dispatcher.answered(self, exchange)
             if exchange.body.complete and not has_unread(self.stream):
                 self.close()
             else:

@@ -27,6 +27,12 @@ def settings_of(cluster: Cluster, node: Node) -> dict[str, Any]:
         ConfigError: a setting that is not of the form ``section.key``, or of no use here.
     """
     options, topology = cluster.options, cluster.topology
+    given = dict(options.settings)
+    # A lab is there to show handoffs. What is said of the frontends is meant for all nodes.
+    given.setdefault("frontend.handoff", "always")
+    for key in ("handoff", "handoff_threshold"):
+        if f"frontend.{key}" in given:
+            given.setdefault(f"backend.{key}", given[f"frontend.{key}"])
     settings: dict[str, Any] = {
         "cluster": {
             "key_file": str(cluster.dir / "cluster.key"),
@@ -55,7 +61,7 @@ def settings_of(cluster: Cluster, node: Node) -> dict[str, Any]:
     if options.tls and node.role in _TLS:
         secure = node.role == "frontend"
         settings["tls"] = tls_settings(cluster.dir, topology.services(443)) if secure else {}
-    for key, value in options.settings.items():
+    for key, value in given.items():
         section, _, name = key.partition(".")
         if not name or section not in (*_COMMON, *_ROLES, "tls"):
             raise ConfigError(f"setting {key!r}: write SECTION.KEY=VALUE")

@@ -107,6 +107,10 @@ _LABELLED = {
     "refusals": (("reason",), "Handoffs a node refused to take"),
     "relays": (("reason",), "Requests relayed instead of handed over"),
     "decisions": (("rule", "action"), "What the policy said about requests"),
+    "handoff_choices": (
+        ("choice", "reason"),
+        "Requests of other nodes, by what was chosen for them",
+    ),
     "requests": (("method", "status"), "Requests answered"),
     "bad_requests": (("status",), "Requests refused as malformed or too large"),
     "tls_alerts": (("alert",), "TLS connections given up for what the client sent"),
@@ -124,8 +128,8 @@ class Metrics(Collector):
     Attributes:
         accepted, handoffs_out, handoffs_in, take_backs, renewals, bytes_in, bytes_out,
             bodies_cut, heads_timed_out, connections_refused: counters; add to them.
-        refusals, relays, decisions, requests, bad_requests, tls_alerts, control_errors:
-            :class:`LabelledCounter`.
+        refusals, relays, decisions, handoff_choices, requests, bad_requests, tls_alerts,
+            control_errors: :class:`LabelledCounter`.
         connections, handoffs_pending: gauges; set, or add and subtract.
         handoff_time: from the decision to the new owner's answer.
     """
@@ -145,6 +149,7 @@ class Metrics(Collector):
     refusals: LabelledCounter
     relays: LabelledCounter
     decisions: LabelledCounter
+    handoff_choices: LabelledCounter
     requests: LabelledCounter
     bad_requests: LabelledCounter
     tls_alerts: LabelledCounter

@@ -187,6 +187,19 @@ async def test_a_thousand_offers():
         assert here.counters.connects == 1
 
 
+async def test_reports_reach_all_callers():
+    async with channel("be1/0") as there, channel("fe1/0") as first, channel("be2/0") as second:
+        endpoint = await there.listen(ANYWHERE)
+        heard = []
+        for caller in (first, second):
+            caller.shared.on_report = heard.append
+            assert await caller.link("be1/0", endpoint).wait_connected(3)
+        await until(lambda: all(caller.ready for caller in there._callers))
+        there.report(b"x" * wire.MAX_REPORT)
+        await until(lambda: len(heard) == 2)
+        assert set(heard) == {b"x" * wire.MAX_REPORT}
+
+
 async def test_a_large_state_passes():
     got = []
 

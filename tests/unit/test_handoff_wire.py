@@ -20,6 +20,7 @@ from prism.handoff.wire import (
     Pong,
     Reason,
     Refused,
+    Report,
     Sealer,
     Taken,
     WireError,
@@ -47,6 +48,7 @@ messages = st.one_of(
     st.builds(Refused, st.sampled_from(Reason), texts, numbers),
     st.builds(Ping, numbers),
     st.builds(Pong, numbers),
+    st.builds(Report, st.binary(max_size=wire.MAX_REPORT)),
 )
 hellos = st.builds(
     Hello,
@@ -69,6 +71,8 @@ def seal(sealer: Sealer, message: object) -> bytes:
             return sealer.ping(number)
         case Pong(number):
             return sealer.pong(number)
+        case Report(data):
+            return sealer.report(data)
         case Hello():
             return sealer.hello(message)
     raise AssertionError(message)
