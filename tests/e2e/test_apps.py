@@ -264,19 +264,20 @@ def test_a_server_that_is_down_is_told_of_and_comes_back(nginx: tuple[Bed, Path]
 
 # -- S3 -------------------------------------------------------------------------------------
 
+PART = 8 << 20  # also in the script
 S3 = """
 import hashlib, io, json, os, sys, urllib.request, boto3
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import ClientError
-url, bucket = sys.argv[1:]
+url, bucket, size = sys.argv[1:]
 s3 = boto3.client("s3", endpoint_url=url, region_name="us-east-1", aws_access_key_id="key",
     aws_secret_access_key="secret", config=Config(s3={"addressing_style": "path"},
     signature_version="s3v4", retries={"max_attempts": 1}))
 told = {}
 s3.create_bucket(Bucket=bucket)
 told["buckets"] = sorted(b["Name"] for b in s3.list_buckets()["Buckets"] if b["Name"] == bucket)
-data = hashlib.shake_128(b"prism").digest(64 << 20)
+data = hashlib.shake_128(b"prism").digest(int(size))
 s3.upload_fileobj(io.BytesIO(data), bucket, "large", Config=TransferConfig(
     multipart_threshold=8 << 20, multipart_chunksize=8 << 20, max_concurrency=4))
 head = s3.head_object(Bucket=bucket, Key="large")
@@ -310,9 +311,9 @@ print(json.dumps(told))
 
 
 def test_boto3_against_an_s3_server(s3: Bed) -> None:
-    def run(role: str, url: str, bucket: str) -> dict[str, Any]:
+    def run(role: str, url: str, bucket: str, size: int) -> dict[str, Any]:
         ran = s3.cluster.exec(
-            role, [sys.executable, "-c", S3, url, bucket], capture_output=True,
+            role, [sys.executable, "-c", S3, url, bucket, str(size)], capture_output=True,
             env=os.environ | {"AWS_CA_BUNDLE": str(s3.cluster.ca_file), "NO_PROXY": "*"},
         )  # fmt: skip
         assert ran.returncode == 0, ran.stderr.decode()[-3000:]
@@ -320,9 +321,23 @@ def test_boto3_against_an_s3_server(s3: Bed) -> None:
         assert told.pop("buckets") == [bucket]
         return told
 
-    direct = run("be1", "http://127.0.0.1:9000", "direct")
+    # One large object through Prism is enough: it is the S3 server that takes the time.
+    small, large = (8 << 20) + 100_000, 64 << 20
+    direct = run("be1", "http://127.0.0.1:9000", "direct", small)
     assert direct["same"] is True
     assert direct["deleted"] == "NoSuchKey"
-    for secure, bucket in ((False, "plain"), (True, "secure")):
-        assert run("client", base(s3, secure), bucket) == direct
+    assert direct["large"] == [small, multipart_tag(small)]
+    assert run("client", base(s3, False), "plain", small) == direct
+    secure = run("client", base(s3, True), "secure", large)
+    assert secure.pop("large") == [large, multipart_tag(large)]
+    assert secure.pop("range") == [206, f"bytes 1000-2999/{large}", True]
+    assert secure.items() <= direct.items()
+    assert len(secure) == len(direct) - 2
     assert s3.total("handoffs_out") > 0
+
+
+def multipart_tag(size: int) -> str:
+    """The ETag of what the script uploads: the MD5 of its parts' MD5s, and how many there are."""
+    data = hashlib.shake_128(b"prism").digest(size)
+    parts = [hashlib.md5(data[start : start + PART]).digest() for start in range(0, size, PART)]
+    return f'"{hashlib.md5(b"".join(parts)).hexdigest()}-{len(parts)}"'
