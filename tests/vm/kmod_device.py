@@ -32,6 +32,8 @@ COMPLAINTS = (
     "rcu_sched",
     "soft lockup",
     "hung task",
+    "blocked for more than",
+    "to become free",  # a device that something still refers to
 )
 _EVENT = struct.Struct("=QQQHBB2s2s16s16s")
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -122,6 +124,15 @@ class Device:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
         return int(done)
+
+
+def close_behind(peer: socket.socket, sock: socket.socket) -> None:
+    """Close a connection, ``peer`` first: on a busy machine its FIN takes a while to come."""
+    peer.close()
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    assert poll.poll(10_000)
+    sock.close()
 
 
 def release() -> tuple[int, int]:

@@ -28,7 +28,8 @@ SLOW = {  # the emulated machine is some twenty times slower than a real one
 def lab(_guest: None) -> Iterator[Bed]:
     patch = pytest.MonkeyPatch()
     patch.setattr("prism.lab.cluster._READY_PATIENCE", 120.0)  # seconds, twenty on a real machine
-    settings = {"tls.offload": "kernel", **SLOW}
+    # With the module: test_kmod_lab.py.
+    settings = {"tls.offload": "kernel", "backend.monitor": "sockdiag", **SLOW}
     with tls_bed(backends=2, frontends=1, settings=settings) as found:
         patch.undo()
         yield found

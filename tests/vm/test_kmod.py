@@ -14,7 +14,7 @@ import threading
 import time
 
 import pytest
-from kmod_device import PARAMETERS, Device, release, time_waits
+from kmod_device import PARAMETERS, Device, close_behind, release, time_waits
 from monitor_conformance import pair, reset, use_port_again
 
 from prism._ext import tcp_repair
@@ -90,9 +90,7 @@ def only_begins(device: Device) -> bool:
 def close_in_order(first: socket.socket, second: socket.socket) -> None:
     first.shutdown(socket.SHUT_WR)
     assert second.recv(1) == b""
-    second.close()
-    time.sleep(0.02)
-    first.close()
+    close_behind(second, first)
 
 
 class TestWhatItTells:
@@ -372,8 +370,7 @@ class TestWhatItRefuses:
         client, ours = connect_anew()
         assert refusal(ours, flags=1) == errno.EINVAL
         assert device.info.registered == 0
-        client.close()
-        ours.close()
+        close_behind(client, ours)
         assert device.silent()
 
     def test_bad_commands_and_pointers(self, device):
@@ -403,8 +400,7 @@ class TestWhatItRefuses:
             with pytest.raises(FileNotFoundError):
                 device.unregister(mine)
             assert other.register(ours, 4) == mine
-            client.close()
-            ours.close()
+            close_behind(client, ours)
             assert other.wait()[0].cookie == 4
         assert device.silent()
 
@@ -431,8 +427,7 @@ class TestWhatItRefuses:
             device.register(pairs[4][1], 4)
         assert caught.value.errno == errno.ENOSPC
         for client, ours in pairs[:3]:
-            client.close()
-            ours.close()
+            close_behind(client, ours)
         time.sleep(0.05)
         info = device.info
         assert (info.limit, info.registered, info.unread) == (4, 1, 3)
@@ -444,8 +439,7 @@ class TestWhatItRefuses:
         with Device() as other:  # the bound is each descriptor's own
             other.register(pairs[5][1], 5)
         for client, ours in pairs[3:]:
-            client.close()
-            ours.close()
+            close_behind(client, ours)
         assert sorted(event.cookie for event in device.wait(4)) == [1, 2, 3, 4]
         assert (device.info.registered, device.info.unread) == (0, 0)
 
@@ -460,8 +454,7 @@ class TestReading:
         for number in range(count):
             client, ours = connect(listener)
             device.register(ours, number)
-            client.close()
-            ours.close()
+            close_behind(client, ours)
 
     def test_as_many_as_fit_and_in_order(self, device, listener4):
         self.end(device, listener4, 10)
@@ -510,7 +503,7 @@ class TestReading:
             time.sleep(0.1)
             assert found == []
             self.end(device, listener4, 1)
-            reader.join(3.0)
+            reader.join(10.0)
             assert found == [0]
 
     def test_many_readers_get_each_event_once(self, inside, listener4):
@@ -532,10 +525,9 @@ class TestReading:
             for number in range(4):
                 client, ours = connect(listener4)
                 device.register(ours, 100 + number)
-                client.close()
-                ours.close()
+                close_behind(client, ours)
             for reader in readers:
-                reader.join(3.0)
+                reader.join(10.0)
                 assert not reader.is_alive()
 
     def test_the_info(self, device):

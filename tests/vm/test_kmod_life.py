@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from kmod_device import (
     Device,
+    close_behind,
     load_module,
     references,
     settled_references,
@@ -72,8 +73,7 @@ class TestUnloading:
         with Device() as device:
             device.register(ours, 1)
         assert_held()
-        client.close()
-        ours.close()
+        close_behind(client, ours)
 
     def test_not_while_the_time_wait_of_a_registered_socket_stands(self, listener):
         client, ours = pair(listener)
@@ -81,8 +81,7 @@ class TestUnloading:
         with Device() as device:
             device.register(ours, 1)
             ours.shutdown(socket.SHUT_WR)
-            client.close()
-            ours.close()
+            close_behind(client, ours)
         time.sleep(0.1)
         assert_held()
         use_port_again(listener, port)
@@ -108,8 +107,7 @@ class TestUnloading:
         assert references() == 1
         with Device() as device:
             device.register(ours, 99)
-            client.close()
-            ours.close()
+            close_behind(client, ours)
             (event,) = device.wait()
             assert (event.cookie, event.reason) == (99, CLOSED)
 
@@ -128,8 +126,7 @@ class TestUnloading:
             ours.setsockopt(socket.IPPROTO_IPV6, addrform, socket.AF_INET)
             port = client.getsockname()
             ours.shutdown(socket.SHUT_WR)
-            client.close()
-            ours.close()
+            close_behind(client, ours)
             told = [] if device.info.sees_time_wait else device.wait()
             assert device.silent(0.3)
             again = socket.socket()
@@ -148,8 +145,7 @@ class TestUnloading:
             ours.setsockopt(socket.IPPROTO_TCP, tcp_ulp, b"tls")
             other_client, other = pair(listener)
             other.setsockopt(socket.IPPROTO_TCP, tcp_ulp, b"tls")
-            client.close()
-            ours.close()
+            close_behind(client, ours)
             assert device.wait()[0].reason == CLOSED
         assert settled_references() == 0
         other_client.close()
@@ -179,8 +175,7 @@ class TestProcesses:
             assert device.silent(0.3)
             for peer, _ in pairs:
                 peer.close()
-            client.close()
-            ours.close()
+            close_behind(client, ours)
             assert [event.cookie for event in device.wait()] == [7]
 
     def test_closed_on_two_cores_at_once(self, listener):
@@ -270,13 +265,11 @@ def test_many_registrations_at_one_descriptor(listener):
             device.register(ours, number)
         assert device.info.registered == count
         for client, ours in pairs[::2]:
-            client.close()
-            ours.close()
+            close_behind(client, ours)
         told = device.wait(count // 2, 20.0)
         assert sorted(event.cookie for event in told) == list(range(0, count, 2))
         began = time.monotonic()
     assert time.monotonic() - began < 2.0
     for client, ours in pairs[1::2]:
-        client.close()
-        ours.close()
+        close_behind(client, ours)
     resource.setrlimit(resource.RLIMIT_NOFILE, limits)
