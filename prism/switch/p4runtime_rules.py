@@ -181,8 +181,11 @@ class Codec:
 
     def entry(self, key: Key, value: Value | None) -> Any:
         """A ``TableEntry``; without a value only what names it."""
+        return self._fill(p4.TableEntry(), key, value)
+
+    def _fill(self, entry: Any, key: Key, value: Value | None) -> Any:
         table = self.pipeline.tables[key.table]
-        entry = p4.TableEntry(table_id=key.table)
+        entry.table_id = key.table
         at = 0
         for field in table.fields:
             match = entry.match.add(field_id=field.id)
@@ -202,7 +205,7 @@ class Codec:
     def update(self, kind: int, key: Key, value: Value | None) -> Any:
         """An ``Update`` of a write."""
         update = p4.Update(type=kind)
-        update.entity.table_entry.CopyFrom(self.entry(key, value))
+        self._fill(update.entity.table_entry, key, value)
         return update
 
     def parse(self, entry: Any) -> tuple[Key, Value]:
