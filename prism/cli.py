@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -22,15 +23,22 @@ from prism.errors import ConfigError, PrismError
 
 __all__ = ["cli", "main"]
 
-_config_option = click.option(
-    "-c",
-    "--config",
-    "path",
-    required=True,
-    metavar="FILE",
-    type=click.Path(path_type=Path),
-    help="Configuration file (TOML); see docs/configuration.md.",
-)
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+def _config_file(*, required: bool) -> Callable[[_Command], _Command]:
+    return click.option(
+        "-c",
+        "--config",
+        "path",
+        required=required,
+        metavar="FILE",
+        type=click.Path(path_type=Path),
+        help="Configuration file (TOML); see docs/configuration.md.",
+    )
+
+
+_config_option = _config_file(required=True)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -69,11 +77,18 @@ def backend(path: Path, app: str | None, upstream: str | None) -> None:
     sys.exit(run(serving(config, app, upstream)))
 
 
-@cli.command()
-@_config_option
+@cli.group(invoke_without_command=True, subcommand_metavar="[rules]")
+@_config_file(required=False)
 @click.option("--remove", is_flag=True, help="Take it away instead, with all its rules.")
-def switch(path: Path, remove: bool) -> None:
+@click.pass_context
+def switch(context: click.Context, path: Path | None, remove: bool) -> None:
     """Load the switch's data plane and look after it; it stays when this process ends."""
+    if context.invoked_subcommand is not None:
+        if path is not None or remove:
+            raise click.UsageError(f"options go behind {context.invoked_subcommand!r}", context)
+        return
+    if path is None:
+        raise click.UsageError("Missing option '-c' / '--config'.", context)
     from prism.config import load  # noqa: PLC0415
     from prism.switch.run import remove as remove_switch  # noqa: PLC0415
     from prism.switch.run import run  # noqa: PLC0415
@@ -85,6 +100,20 @@ def switch(path: Path, remove: bool) -> None:
         remove_switch(config)
         return
     sys.exit(run(config))
+
+
+@switch.command()
+@_config_option
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def rules(path: Path, as_json: bool) -> None:
+    """List the rules that the data plane has: flow, owner, state, generation and packets."""
+    from prism.commands.rules import show  # noqa: PLC0415
+    from prism.config import load  # noqa: PLC0415
+
+    config = load(path)
+    if config.switch is None:
+        raise ConfigError(f"{path}: has no [switch] section")
+    show(config, config.switch, as_json)
 
 
 @cli.command()

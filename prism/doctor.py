@@ -323,6 +323,20 @@ def _token_bucket() -> str:
     return "the tbf queueing discipline is there"
 
 
+def _p4runtime() -> str:
+    from google.protobuf.message import DecodeError  # noqa: PLC0415
+
+    try:
+        from prism.switch import p4runtime_session  # noqa: F401, PLC0415
+        from prism.switch.p4runtime_pipeline import load  # noqa: PLC0415
+
+        pipeline = load()
+    except DecodeError as error:
+        raise Missing(f"the packaged program cannot be read: {error}") from None
+    found = ", ".join(f"{name} {version(name)}" for name in ("grpcio", "p4runtime", "protobuf"))
+    return f"{found}; the program has {len(pipeline.tables)} tables"
+
+
 def _time_wait_reuse() -> str:
     value = Path("/proc/sys/net/ipv4/tcp_tw_reuse").read_text().strip()
     if value == "0":
@@ -428,6 +442,14 @@ CHECKS: Final[tuple[Check, ...]] = (
         "lab",
         "lab up --rate fails",
         "modprobe sch_tbf",
+        required=False,
+    ),
+    Check(
+        "P4Runtime packages",
+        _p4runtime,
+        "switch",
+        'neither switch.kind = "p4runtime" nor switch.p4runtime_listen can be used',
+        "pip install 'prism-proxy[p4]'",
         required=False,
     ),
     Check(

@@ -42,6 +42,25 @@ class Map:
         What changes during an iteration may be seen or missed; nothing else is, and nothing twice.
         """
 
+class PinnedMap(Map):
+    """A pinned map by itself, to read only; what it belongs to is left alone.
+
+    Args:
+        path: where it is pinned.
+        locked: whether its values have a lock.
+
+    Raises:
+        BpfError: there is none, or it may not be read.
+    """
+
+    def __init__(self, path: str | PathLike[str], *, locked: bool = False) -> None: ...
+    @property
+    def value_size(self) -> int:
+        """Octets of a value."""
+
+    def close(self) -> None:
+        """Let go of it. Idempotent."""
+
 class SwitchObject:
     """The classifier and its maps, loaded or found pinned.
 

@@ -3,13 +3,32 @@
 import os
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from libc.errno cimport ENOENT, ENOSPC
+from libc.errno cimport ENOENT, ENOSPC, errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 
+cdef extern from "unistd.h" nogil:
+    int c_close "close"(int fd)
+
+cdef extern from "linux/bpf.h" nogil:
+    enum:
+        BPF_F_LOCK
+        BPF_F_RDONLY
+
+    struct bpf_map_info:
+        uint32_t key_size
+        uint32_t value_size
+        uint32_t max_entries
+
 cdef extern from "bpf/bpf.h" nogil:
+    struct bpf_obj_get_opts:
+        size_t sz
+        uint32_t file_flags
+
+    int c_obj_get "bpf_obj_get_opts"(const char *pathname, const bpf_obj_get_opts *opts)
+    int bpf_obj_get_info_by_fd(int fd, void *info, uint32_t *size)
     struct bpf_map_batch_opts:
         size_t sz
         uint64_t elem_flags
@@ -95,8 +114,12 @@ cdef class Map:
     def max_entries(self):
         return self.shape.max_entries
 
-    cdef int check(self, bytes key, bytes value) except -1:
+    cdef int alive(self) except -1:
         self.owner.check()
+        return 0
+
+    cdef int check(self, bytes key, bytes value) except -1:
+        self.alive()
         if key is not None and PyBytes_GET_SIZE(key) != self.shape.key_size:
             raise ValueError(f"a key of {self.name} has {self.shape.key_size} octets")
         if value is not None and PyBytes_GET_SIZE(value) != self.shape.value_size:
@@ -179,6 +202,58 @@ cdef class Map:
             return entries, None if code else PyBytes_FromStringAndSize(<char *>after, KEY_LIMIT)
         finally:
             free(keys)
+
+
+cdef class PinnedMap(Map):
+    """A pinned map by itself, to read only."""
+
+    def __cinit__(self):
+        self.shape.fd = -1
+
+    def __init__(self, path, *, bint locked=False):
+        cdef bpf_obj_get_opts options
+        cdef bpf_map_info info
+        cdef uint32_t size = sizeof(info)
+        cdef bytes encoded = os.fsencode(path)
+        cdef const char *name = encoded
+        cdef int code
+        self.close()
+        memset(&options, 0, sizeof(options))
+        memset(&info, 0, sizeof(info))
+        options.sz = sizeof(options)
+        options.file_flags = BPF_F_RDONLY
+        with nogil:
+            self.shape.fd = c_obj_get(name, &options)
+            code = -errno if self.shape.fd < 0 else 0
+            if not code and bpf_obj_get_info_by_fd(self.shape.fd, &info, &size):
+                code = -errno
+        if not code and (info.key_size > KEY_LIMIT or info.value_size > VALUE_LIMIT):
+            code = -ENOENT  # whatever it is, it is no map of ours
+        if code:
+            self.close()
+            raise failed(code, f"cannot open {os.fsdecode(path)}")
+        self.shape.key_size = info.key_size
+        self.shape.value_size = info.value_size
+        self.shape.max_entries = info.max_entries
+        self.shape.flags = BPF_F_LOCK if locked else 0
+        self.name = os.path.basename(os.fsdecode(path))
+
+    def __dealloc__(self):
+        self.close()
+
+    @property
+    def value_size(self):
+        return self.shape.value_size
+
+    cdef int alive(self) except -1:
+        if self.shape.fd < 0:
+            raise ValueError("the map is closed")
+        return 0
+
+    cpdef close(self):
+        if self.shape.fd >= 0:
+            c_close(self.shape.fd)
+            self.shape.fd = -1
 
 
 cdef class SwitchObject:

@@ -79,8 +79,8 @@ class Session:
         self._election = p4.Uint128(high=settings.election_id[0], low=settings.election_id[1])
         self._stream: Any = None
 
-    def open(self) -> None:
-        """Connect and ask to be the primary; the answer comes by ``on_stream``.
+    def connect(self) -> None:
+        """Connect: enough for reading.
 
         Raises:
             SwitchError: the switch does not answer.
@@ -91,6 +91,14 @@ class Session:
             raise SwitchError(
                 f"the P4Runtime switch at {self.settings.address} does not answer"
             ) from None
+
+    def open(self) -> None:
+        """Connect and ask to be the primary; the answer comes by ``on_stream``.
+
+        Raises:
+            SwitchError: the switch does not answer.
+        """
+        self.connect()
         request = p4.StreamMessageRequest()
         request.arbitration.device_id = self.settings.device_id
         request.arbitration.election_id.CopyFrom(self._election)
@@ -176,15 +184,22 @@ class Session:
             return _write_errors(error, len(updates))
         return [(code_pb2.OK, "")] * len(updates)
 
-    def read(self, tables: Sequence[int]) -> Iterator[Any]:
+    def read(self, tables: Sequence[int], *, counters: bool = False) -> Iterator[Any]:
         """All entries of some tables.
+
+        Args:
+            tables: their numbers.
+            counters: with their packets and octets.
 
         Raises:
             SwitchError: the switch does not answer.
         """
         request = p4.ReadRequest(device_id=self.settings.device_id)
         for table in tables:
-            request.entities.add().table_entry.table_id = table
+            entry = request.entities.add().table_entry
+            entry.table_id = table
+            if counters:
+                entry.counter_data.SetInParent()
         try:
             for response in self._stub.Read(request, timeout=60 * self.settings.timeout):
                 for entity in response.entities:

@@ -16,7 +16,7 @@ from prism.switch.server import SwitchServer
 from prism.telemetry.metrics import Sampled
 from prism.telemetry.status import StatusServer
 
-__all__ = ["agent_settings", "remove", "run"]
+__all__ = ["agent_settings", "need_p4", "remove", "run"]
 
 
 def agent_settings(config: Config, switch: SwitchConfig) -> AgentSettings:
@@ -49,7 +49,7 @@ def run(config: Config) -> int:
     ]
     switch = config.switch
     if switch.kind == "p4runtime" or switch.p4runtime_listen:
-        _need_p4()
+        need_p4()
 
     async def worker(_: int, stop: asyncio.Event) -> None:
         await main(config, switch, stop)
@@ -77,8 +77,12 @@ def remove(config: Config) -> None:
     asyncio.run(flush())
 
 
-def _need_p4() -> None:
-    """Raises ConfigError without the extra."""
+def need_p4() -> None:
+    """Look for what P4Runtime needs.
+
+    Raises:
+        ConfigError: the extra is not installed.
+    """
     try:
         import grpc  # noqa: F401, PLC0415
         from p4.v1 import p4runtime_pb2  # noqa: F401, PLC0415

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import prism.switch
 from prism.doctor import CHECKS, Check, Missing, examine
 
 pytestmark = pytest.mark.net
@@ -72,3 +73,20 @@ def test_a_probe_that_fails_or_hangs_is_a_finding(monkeypatch: pytest.MonkeyPatc
         "a remedy",
     )
     assert (second.ok, second.detail) == (False, "did not come to an end")
+
+
+def test_it_says_whether_the_packages_for_p4runtime_are_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (check,) = (check for check in CHECKS if check.name == "P4Runtime packages")
+    (finding,) = examine([check])
+    assert finding.ok, finding.detail
+    assert "p4runtime " in finding.detail
+    monkeypatch.delitem(sys.modules, "prism.switch.p4runtime_session", raising=False)
+    monkeypatch.delattr(prism.switch, "p4runtime_session", raising=False)
+    monkeypatch.setitem(sys.modules, "grpc", None)
+    (finding,) = examine([check])
+    assert not finding.ok
+    assert not finding.required
+    assert "grpc" in finding.detail
+    assert finding.remedy == "pip install 'prism-proxy[p4]'"

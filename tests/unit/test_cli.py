@@ -86,6 +86,27 @@ def test_a_role_without_its_section_is_refused(prism: Prism, tmp_path: Path, com
     assert f"has no [{command}] section" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["switch"], "Missing option '-c'"),
+        (["switch", "rules"], "Missing option '-c'"),
+        (["switch", "-c", "FILE", "rules"], "options go behind 'rules'"),
+        (["switch", "--remove", "rules", "-c", "FILE"], "options go behind 'rules'"),
+        (["switch", "rules", "-c", "FILE"], "has no [switch] section"),
+        (["switch", "nonsense"], "No such command"),
+    ],
+)
+def test_how_the_switch_command_is_used(
+    prism: Prism, tmp_path: Path, arguments: list[str], text: str
+) -> None:
+    path = tmp_path / "p.toml"
+    path.write_text(GOOD)
+    done = prism(*(str(path) if word == "FILE" else word for word in arguments))
+    assert done.returncode == 2
+    assert text in done.stderr
+
+
 def test_the_address_of_a_p4_switch_goes_with_it(prism: Prism) -> None:
     done = prism("lab", "up", "--name", "pt-none", "--p4runtime-address", "127.0.0.1:9559")
     assert done.returncode == 2
