@@ -31,6 +31,7 @@ EXPERIMENTS: dict[str, Callable[[Context], Result]] = {
     "handoffs": latency.handoffs,
     "idle": latency.idle,
     "rules": rules.rules,
+    "p4runtime": rules.p4runtime,
 }
 
 
