@@ -164,6 +164,7 @@ struct metadata_t {
     bit<1> routed;  // through the router: other MAC addresses, one hop less
     bit<1> from_client; // a flow with a rule
     bit<16> next_hop;
+    bit<32> ports;  // TCP's, to spread flows by; 0 where there are none
 }
 
 /* ----------------------------------------------------------------------------- parser */
@@ -176,6 +177,17 @@ error {
 parser PrismParser(packet_in packet, out headers_t hdr, inout metadata_t meta,
                    inout standard_metadata_t standard) {
     state start {
+        /* Not every target begins with zeros. */
+        meta.verdict = Verdict.NO_RULE;
+        meta.new_port = 0;
+        meta.new_v4 = 0;
+        meta.new_v6 = 0;
+        meta.in_port = standard.ingress_port;
+        meta.reason = 0;
+        meta.routed = 0;
+        meta.from_client = 0;
+        meta.next_hop = 0;
+        meta.ports = 0;
         transition select(standard.ingress_port) {
             CPU_PORT: parse_packet_out;
             default: parse_ethernet;
@@ -495,14 +507,12 @@ control PrismIngress(inout headers_t hdr, inout metadata_t meta,
     /* One of `count` next hops from `first` on, always the same one for a flow. */
     @id(0x01000054) action spread_v4(@id(1) bit<16> first, @id(2) bit<16> count) {
         hash(meta.next_hop, HashAlgorithm.crc16, first,
-             { hdr.ipv4.src_addr, hdr.ipv4.dst_addr, hdr.ipv4.protocol, hdr.tcp.src_port,
-               hdr.tcp.dst_port }, count);
+             { hdr.ipv4.src_addr, hdr.ipv4.dst_addr, hdr.ipv4.protocol, meta.ports }, count);
     }
 
     @id(0x01000055) action spread_v6(@id(1) bit<16> first, @id(2) bit<16> count) {
         hash(meta.next_hop, HashAlgorithm.crc16, first,
-             { hdr.ipv6.src_addr, hdr.ipv6.dst_addr, hdr.ipv6.next_header, hdr.tcp.src_port,
-               hdr.tcp.dst_port }, count);
+             { hdr.ipv6.src_addr, hdr.ipv6.dst_addr, hdr.ipv6.next_header, meta.ports }, count);
     }
 
     /* An address of the switch itself. */
@@ -615,7 +625,6 @@ control PrismIngress(inout headers_t hdr, inout metadata_t meta,
 
     apply {
         /* What the controller puts in. */
-        meta.in_port = standard.ingress_port;
         if (hdr.packet_out.isValid()) {
             if (hdr.packet_out.way == WAY_PORT) {
                 standard.egress_spec = (port_t)hdr.packet_out.port;
@@ -636,6 +645,7 @@ control PrismIngress(inout headers_t hdr, inout metadata_t meta,
 
         /* Who owns the flow. */
         if (hdr.tcp.isValid()) {
+            meta.ports = hdr.tcp.src_port ++ hdr.tcp.dst_port;
             if (hdr.ipv4.isValid()) {
                 if (to_owner_v4.apply().hit) {
                     meta.from_client = 1;
