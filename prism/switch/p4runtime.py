@@ -19,6 +19,7 @@ import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 from google.rpc import code_pb2 as codes
@@ -205,7 +206,7 @@ class P4Driver:
         entry = update.entity.table_entry
         entry.table_id, entry.is_default_action = table, True
         entry.action.action.action_id = action
-        ((code, text),) = session.write([update])
+        ((code, text),) = session.write([lambda empty: empty.CopyFrom(update)])
         if code not in (codes.OK, codes.UNIMPLEMENTED):  # the soft switch asks anyway
             _log.warning("bare SYNs go to the frontends: the switch refused to send them: %s", text)
 
@@ -331,7 +332,7 @@ class P4Driver:
         return results
 
     def _write_now(self, session: Session, updates: Sequence[_Update]) -> list[tuple[int, str]]:
-        return session.write([self._codec.update(*update) for update in updates])
+        return session.write([partial(self._codec.fill, *update) for update in updates])
 
     async def _sweep(self) -> None:
         """Delete the entries of former owners when their time is over."""

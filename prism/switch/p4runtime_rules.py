@@ -204,9 +204,14 @@ class Codec:
 
     def update(self, kind: int, key: Key, value: Value | None) -> Any:
         """An ``Update`` of a write."""
-        update = p4.Update(type=kind)
-        self._fill(update.entity.table_entry, key, value)
+        update = p4.Update()
+        self.fill(kind, key, value, update)
         return update
+
+    def fill(self, kind: int, key: Key, value: Value | None, update: Any) -> None:
+        """The same, in a message that is there."""
+        update.type = kind
+        self._fill(update.entity.table_entry, key, value)
 
     def parse(self, entry: Any) -> tuple[Key, Value]:
         """A ``TableEntry`` that a switch told, of one of the rule tables."""

@@ -35,6 +35,7 @@ _OPTIONS: Final = (
     ("grpc.use_local_subchannel_pool", 1),
 )
 _RPC_ERRORS: Final = (grpc.RpcError,)
+_EACH: Final = 0.02  # seconds more for each update of a write: a switch works through them
 
 
 class NotPrimaryError(SwitchError):
@@ -168,21 +169,24 @@ class Session:
         except _RPC_ERRORS as error:
             raise _wrapped(error) from None
 
-    def write(self, updates: Sequence[Any]) -> list[tuple[int, str]]:
+    def write(self, fills: Sequence[Callable[[Any], object]]) -> list[tuple[int, str]]:
         """Write a batch, going on after errors; (google.rpc.Code, message) of each update.
+
+        Args:
+            fills: each fills in one ``Update``, where it stands: copies of messages are slow.
 
         Raises:
             NotPrimaryError: another controller is.
             SwitchError: no answer; some of the updates may be in force.
         """
-        request = p4.WriteRequest(
-            device_id=self.settings.device_id, election_id=self._election, updates=updates
-        )
+        request = p4.WriteRequest(device_id=self.settings.device_id, election_id=self._election)
+        for fill in fills:
+            fill(request.updates.add())
         try:
-            self._stub.Write(request, timeout=self.settings.timeout)
+            self._stub.Write(request, timeout=self.settings.timeout + _EACH * len(fills))
         except _RPC_ERRORS as error:
-            return _write_errors(error, len(updates))
-        return [(code_pb2.OK, "")] * len(updates)
+            return _write_errors(error, len(fills))
+        return [(code_pb2.OK, "")] * len(fills)
 
     def read(self, tables: Sequence[int], *, counters: bool = False) -> Iterator[Any]:
         """All entries of some tables.
