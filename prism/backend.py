@@ -27,6 +27,7 @@ from prism.listener import Listener
 from prism.monitor.base import Gone
 from prism.monitor.choose import monitor_for
 from prism.node import Node
+from prism.policy.engine import Route
 from prism.process import serve
 from prism.renewal import Mirror
 from prism.switch.control import Message, Op, Status
@@ -54,7 +55,7 @@ class Owned:
 
 
 class Backend(Node):
-    """One worker process of a backend.
+    """One worker of a backend; an asynchronous context manager that starts and drains it.
 
     Attributes:
         hosted: what answers instead of the object store; ``None``: the store does.
@@ -66,10 +67,29 @@ class Backend(Node):
     role = "backend"
     keeps_rules = True
 
-    def __init__(self, config: Config, worker: int = 0) -> None:
+    def __init__(
+        self,
+        config: Config,
+        worker: int = 0,
+        *,
+        app: Any = None,
+        route: Route | None = None,
+    ) -> None:
+        """Prepare a worker.
+
+        Args:
+            config: with a ``[backend]`` section.
+            worker: its number.
+            app: an ASGI application to serve, instead of what the section names.
+            route: a function that is asked about each request before the policy's rules; the
+                same one as the frontends'.
+
+        Raises:
+            ConfigError: something is missing.
+        """
         if config.backend is None:
             raise ConfigError("the configuration has no [backend] section: add one")
-        super().__init__(config, config.backend, worker)
+        super().__init__(config, config.backend, worker, route)
         self.backend: BackendConfig = config.backend
         self.rules: dict[bytes, Owned] = {}
         self.taking: dict[bytes, Incoming] = {}
@@ -77,7 +97,7 @@ class Backend(Node):
         self.offload: Mode = config.tls.offload if config.tls is not None else "auto"
         self._mirror = Mirror(self)
         self.monitor = monitor_for(config.backend)
-        self.hosted: Hosted | None = hosted(self.backend)
+        self.hosted: Hosted | None = hosted(self.backend, app)
         self.store = self._open_store() if self.hosted is None else None
         self.listing = Listing(self.peers.placement.nodes)
         self._listener: Listener | None = None

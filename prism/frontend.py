@@ -23,6 +23,7 @@ from prism.http.head import RequestHead
 from prism.http.stream import PlainStream, Stream
 from prism.listener import Listener
 from prism.node import Node
+from prism.policy.engine import Route
 from prism.process import on_reload, serve
 from prism.tls.context import TlsContexts
 from prism.tls.established import Established
@@ -36,13 +37,18 @@ log = logging.getLogger(__name__)
 
 
 class Frontend(Node):
-    """One worker process of a frontend."""
+    """One worker of a frontend; an asynchronous context manager that starts and drains it."""
 
     role = "frontend"
     keeps_rules = False
 
     def __init__(
-        self, config: Config, worker: int = 0, contexts: TlsContexts | None = None
+        self,
+        config: Config,
+        worker: int = 0,
+        contexts: TlsContexts | None = None,
+        *,
+        route: Route | None = None,
     ) -> None:
         """Prepare a worker.
 
@@ -51,6 +57,8 @@ class Frontend(Node):
             worker: its number.
             contexts: TLS contexts made before the workers were forked: a session ticket of one
                 is good at the others then. By default each makes its own.
+            route: a function that is asked about each request before the policy's rules
+                (``docs/policy.md``). Backends need the same one.
 
         Raises:
             ConfigError: something is missing, or a certificate cannot be used.
@@ -59,7 +67,7 @@ class Frontend(Node):
             raise ConfigError("the configuration has no [frontend] section: add one")
         if not config.listen:
             raise ConfigError("nothing to listen on: set cluster.services or frontend.listen")
-        super().__init__(config, config.frontend, worker)
+        super().__init__(config, config.frontend, worker, route)
         self.frontend: FrontendConfig = config.frontend
         self.listing = Listing(self.peers.placement.nodes)
         self._listeners: list[Listener] = []
@@ -187,14 +195,9 @@ def _tls_stream(sock: socket.socket, established: Established, flow: Flow) -> Tl
 
 async def run_node(node: Node, stop: asyncio.Event) -> None:
     """Serve until told to stop, then let open requests end."""
-    try:
-        await node.start()
-        on_reload(node.reload)
-        await node.publish()
+    on_reload(node.reload)
+    async with node:
         await stop.wait()
-        await node.drain()
-    finally:
-        await node.close()
 
 
 def run(config: Config) -> int:

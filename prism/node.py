@@ -19,6 +19,7 @@ from prism.apps.listing import Listing
 from prism.apps.refusal import Refusal
 from prism.apps.relay import Relay
 from prism.config import BackendConfig, Config, FrontendConfig
+from prism.embedding import Embedded
 from prism.errors import ConfigError, PrismError
 from prism.flow import Endpoint
 from prism.handoff.channel import Channel
@@ -31,7 +32,7 @@ from prism.peers import Peers
 from prism.placement import Node as Place
 from prism.placement import NoNode
 from prism.policy.decision import AUTO, Decision
-from prism.policy.engine import Policy
+from prism.policy.engine import Policy, Route
 from prism.reconcile import Reconciler
 from prism.reload import reload_node
 from prism.switch.client import SwitchClient
@@ -52,7 +53,7 @@ LINKS_PATIENCE = 1.0  # seconds
 SWEEP = 1.0  # seconds between two looks for connections that wait too long
 
 
-class Node:
+class Node(Embedded):
     """One worker process of a frontend or a backend.
 
     Attributes:
@@ -65,7 +66,11 @@ class Node:
     listing: Listing
 
     def __init__(
-        self, config: Config, serving: FrontendConfig | BackendConfig, worker: int
+        self,
+        config: Config,
+        serving: FrontendConfig | BackendConfig,
+        worker: int,
+        route: Route | None = None,
     ) -> None:
         self.config = config
         self.serving = serving
@@ -92,7 +97,8 @@ class Node:
         identity = Identity(serving.name, config.identity_files(serving))
         self.channel = Channel(self.name, cluster.channel_key(), self.on_offer, identity)
         self.peers = Peers(config, self.channel, serving.name)
-        self.policy = Policy(config.policy)
+        self.route = route
+        self.policy = Policy(config.policy, route)
         self.weigher = Weigher(serving, self.channel, self.metrics)
         self.reconciler = Reconciler(self)
         self.relay = Relay(

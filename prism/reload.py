@@ -56,7 +56,7 @@ def reload_node(node: Node) -> list[str]:
     serving = getattr(new, node.role, None)
     if serving is None:
         raise ConfigError(f"{node.config.source}: has no [{node.role}] section any more")
-    policy, pools = Policy(new.policy), Pools(new)  # whatever may fail comes first
+    policy, pools = Policy(new.policy, node.route), Pools(new)  # whatever may fail comes first
     changed = [name for name in _APPLIED if getattr(new, name) != getattr(node.config, name)]
     if "policy" in changed:
         node.policy = policy

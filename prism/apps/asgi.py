@@ -37,12 +37,13 @@ class AsgiApp:
     """One worker's application; see :class:`prism.apps.hosted.Hosted`.
 
     Args:
-        name: ``module:attribute``.
+        app: the application, or its name: ``module:attribute``.
         directory: to import it from, before the other places.
     """
 
-    def __init__(self, name: str, directory: Path) -> None:
-        self._name = name
+    def __init__(self, app: Any, directory: Path) -> None:
+        self._given = None if isinstance(app, str) else app
+        self._name = app if isinstance(app, str) else getattr(app, "__name__", type(app).__name__)
         self._directory = directory
         self._lifespan: LifespanOn | None = None
         self._app: Any = None
@@ -78,6 +79,8 @@ class AsgiApp:
         self._websockets = WebSockets(config, lifespan.state)
 
     def _load(self) -> Any:
+        if self._given is not None:
+            return self._given
         directory = str(self._directory)
         if directory not in sys.path:
             sys.path.insert(0, directory)

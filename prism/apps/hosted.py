@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from prism.config_nodes import BackendConfig
 from prism.errors import ConfigError
@@ -31,17 +31,17 @@ class Hosted(Protocol):
         """End everything, in bounded time."""
 
 
-def hosted(backend: BackendConfig) -> Hosted | None:
-    """What the configuration names; ``None``: the object store.
+def hosted(backend: BackendConfig, app: Any = None) -> Hosted | None:
+    """What the configuration names, or an ASGI application; ``None``: the object store.
 
     Raises:
         ConfigError: it needs something that is not installed.
     """
-    if backend.upstream is not None:
+    if app is None and backend.upstream is not None:
         from prism.apps.server import UnmodifiedServer  # noqa: PLC0415
 
         return UnmodifiedServer(backend)
-    if backend.app is None:
+    if app is None and backend.app is None:
         return None
     try:
         from prism.apps.asgi import AsgiApp  # noqa: PLC0415
@@ -49,4 +49,4 @@ def hosted(backend: BackendConfig) -> Hosted | None:
         raise ConfigError(
             f"backend.app needs {error.name}: pip install 'prism-proxy[asgi]'"
         ) from None
-    return AsgiApp(backend.app, backend.app_dir)
+    return AsgiApp(app or backend.app, backend.app_dir)

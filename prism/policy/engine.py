@@ -78,6 +78,7 @@ class Policy:
 
     Args:
         config: the ``[policy]`` section.
+        route: a function that is asked before the rules, instead of ``policy.route``.
 
     Raises:
         ConfigError: a pattern cannot be used, or the routing function cannot be loaded.
@@ -85,12 +86,14 @@ class Policy:
 
     __slots__ = ("_default", "_route", "faults", "rules", "trivial")
 
-    def __init__(self, config: PolicyConfig) -> None:
+    def __init__(self, config: PolicyConfig, route: Route | None = None) -> None:
         try:
             self.rules = tuple(map(Rule, config.rules))
         except ValueError as error:
             raise ConfigError(f"policy: {error}") from None
-        self._route = load_route(config.route, config.route_dir) if config.route else None
+        self._route = route
+        if route is None and config.route:
+            self._route = load_route(config.route, config.route_dir)
         self._default = _default(config.default)
         self.faults = 0
         self.trivial = not self.rules and self._route is None and self._default is AUTO

@@ -133,6 +133,7 @@ class SwitchServer(asyncio.DatagramProtocol):
         if self._transport is not None:
             self._transport.close()
             self._transport = None
+            await asyncio.sleep(0)  # the loop closes the socket at its next turn
 
     # Datagrams
 
