@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import threading
 import time
 import tomllib
 from collections.abc import Iterator
@@ -85,28 +84,52 @@ def up(
     chosen = Options(switch=kind, settings=_settings(settings), **options)
     cluster = Cluster(name, chosen)
     cluster.keeper = not detach
-    with _interruptible() as no_more:
+    with _interruptible() as interrupts:
         ready = False
         try:
             cluster.up()
+            interrupts.check()
             ready = True
             _announce(cluster, detach)
             if not detach:
-                _watch(cluster)
+                _watch(cluster, interrupts)
         except KeyboardInterrupt:
             if not ready:
                 raise click.Abort from None
             click.echo(f"taking lab {name} down", err=True)
         finally:
-            no_more.set()  # an impatient second Ctrl-C must not leave half of it
+            interrupts.enough = True  # an impatient second Ctrl-C must not leave half of it
             if cluster.nodes and not (detach and ready):  # none: it was refused, or cleaned up
                 cluster.down()
 
 
+class _Interrupts:
+    """What has become of interrupts.
+
+    Attributes:
+        enough: whether further ones are of no interest.
+    """
+
+    def __init__(self) -> None:
+        self.enough = False
+        self._came = False
+
+    def arrive(self) -> None:
+        """One has come: raise :class:`KeyboardInterrupt`, unless there were enough."""
+        if not self.enough:
+            self._came = True
+            raise KeyboardInterrupt
+
+    def check(self) -> None:
+        """Raise it again where it was lost: Python ignores what is raised in a destructor."""
+        if self._came:
+            raise KeyboardInterrupt
+
+
 @contextlib.contextmanager
-def _interruptible() -> Iterator[threading.Event]:
-    """Make SIGTERM and SIGHUP interrupt as Ctrl-C does, until the event it gives is set."""
-    no_more = threading.Event()
+def _interruptible() -> Iterator[_Interrupts]:
+    """Make SIGTERM and SIGHUP interrupt as Ctrl-C does, until there were enough."""
+    interrupts = _Interrupts()
     owner = os.getpid()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -114,23 +137,23 @@ def _interruptible() -> Iterator[threading.Event]:
             # The netlink library forks helpers and ends them by SIGTERM: one that unwound this
             # process's stack would take the lab down while it is being built.
             os._exit(128 + number)
-        if not no_more.is_set():
-            raise KeyboardInterrupt
+        interrupts.arrive()
 
     numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
     previous = {number: signal.signal(number, interrupt) for number in numbers}
     try:
-        yield no_more
+        yield interrupts
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-def _watch(cluster: Cluster) -> NoReturn:
+def _watch(cluster: Cluster, interrupts: _Interrupts) -> NoReturn:
     """Until interrupted; says so when a process ends by itself."""
     dead: set[str] = set()
     while True:
         time.sleep(0.2)
+        interrupts.check()
         for name, node in cluster.nodes.items():
             if node.alive:
                 dead.discard(name)

@@ -149,7 +149,10 @@ def test_interrupted_while_coming_up_it_leaves_nothing(lab_name: str) -> None:
     with subprocess.Popen(command, stderr=subprocess.PIPE) as up:
         wait_for(lambda: namespaces_of(lab_name))
         up.send_signal(signal.SIGINT)
-        assert up.wait(timeout=20) == 130
+        try:
+            assert up.wait(timeout=60) == 130
+        finally:
+            up.kill()
     assert_nothing_is_left(lab_name)
 
 

@@ -34,6 +34,11 @@ def _idle(bed: Bed, path: str, count: int) -> list[Conn]:
     return conns
 
 
+def relayed(bed: Bed) -> int:
+    """How many connections the frontend may keep for what it relays: none, if it did not."""
+    return bed.total("relays")
+
+
 def test_idle_connections(make_bed: Callable[..., Bed]) -> None:
     """Under 20 kB of user memory each on the backend, nothing on the frontend."""
     bed = make_bed(backends=2, trace=False)
@@ -43,11 +48,11 @@ def test_idle_connections(make_bed: Callable[..., Bed]) -> None:
     for _ in range(3):
         for conn in _idle(bed, path, WARM):
             conn.close()
-        assert wait_for(lambda: bed.counters("be1")["connections"] == 0)
+        assert wait_for(lambda: bed.counters("be1")["connections"] <= relayed(bed), 20.0)
     backend, frontend = bed.memory("be1"), bed.memory("fe1")
     conns = _idle(bed, path, COUNT)
     try:
-        assert bed.counters("be1")["connections"] == COUNT
+        assert COUNT <= bed.counters("be1")["connections"] <= COUNT + relayed(bed)
         assert bed.rules() == COUNT
         each = (bed.memory("be1") - backend) / COUNT
         grown = bed.memory("fe1") - frontend
@@ -57,5 +62,5 @@ def test_idle_connections(make_bed: Callable[..., Bed]) -> None:
     print(f"{each:.0f} octets for each idle connection on the backend; frontend {grown:+d}")
     assert each < 20_000
     assert grown < 256 * 1024
-    assert wait_for(lambda: bed.rules() == 0, 10.0)
-    assert bed.counters("be1")["connections"] == 0
+    assert wait_for(lambda: bed.rules() == 0, 20.0)
+    assert bed.counters("be1")["connections"] <= relayed(bed)

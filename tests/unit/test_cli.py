@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from channel_bed import pki_directory
 
 from prism import __version__
 from prism.cli import main
-from prism.commands.lab import _settings
+from prism.commands.lab import _interruptible, _settings
 from prism.errors import ConfigError
 
 GOOD = f"""
@@ -158,3 +159,19 @@ def test_settings_are_toml_values_or_text() -> None:
     }
     with pytest.raises(ConfigError):
         _settings(("workers=2",))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_that_a_destructor_swallows_is_not_lost(number: signal.Signals) -> None:
+    class Interrupted:
+        def __del__(self) -> None:
+            signal.raise_signal(number)
+
+    with _interruptible() as interrupts:
+        interrupts.check()
+        Interrupted()
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.check()
+        interrupts.enough = True
+        signal.raise_signal(number)
