@@ -137,13 +137,16 @@ class Bed:
     def snapshot(self) -> Snapshot:
         topology = self.cluster.topology
         roles = ["client", "switch", *self.nodes]
-        return Snapshot.take(
+        relays = self.total("relays")
+        taken = Snapshot.take(
             self.cluster.name,
             self.pids(),
             {role: topology.namespace(role) for role in roles},
             self.rules(),
             self.stores(),
         )
+        taken.relays = relays
+        return taken
 
     def assert_clean(
         self, before: Snapshot, timeout: float = 5.0, *, closed_by_backend: int = 0
@@ -155,6 +158,13 @@ class Bed:
         if closed_by_backend:
             before.counts["rules"] += closed_by_backend
         left = settle(before, self.snapshot, timeout)
+        # A busy machine has some requests relayed, and nodes keep those connections for the next.
+        kept = self.total("relays") - before.relays
+        left = {
+            name: number
+            for name, number in left.items()
+            if number > kept or not name.endswith(("descriptor socket", "socket ESTABLISHED"))
+        }
         assert left == {}
 
     def no_unexpected_errors(self) -> list[str]:

@@ -67,9 +67,10 @@ def temporary_files(stores: Iterable[Path]) -> list[str]:
 
 @dataclass
 class Snapshot:
-    """What there is at one moment: name -> count."""
+    """What there is at one moment: name -> count; and how many requests had been relayed."""
 
     counts: dict[str, int]
+    relays: int = 0
 
     @classmethod
     def take(
