@@ -8,37 +8,22 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 from prism._version import __version__
 from prism.commands.kmod import kmod
 from prism.commands.lab import lab
+from prism.commands.options import config_file
 from prism.commands.pki import pki
 from prism.commands.policy import reload, route
 from prism.errors import ConfigError, PrismError
 
 __all__ = ["cli", "main"]
 
-_Command = TypeVar("_Command", bound=Callable[..., Any])
-
-
-def _config_file(*, required: bool) -> Callable[[_Command], _Command]:
-    return click.option(
-        "-c",
-        "--config",
-        "path",
-        required=required,
-        metavar="FILE",
-        type=click.Path(path_type=Path),
-        help="Configuration file (TOML); see docs/configuration.md.",
-    )
-
-
-_config_option = _config_file(required=True)
+_config_option = config_file(required=True)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -78,7 +63,7 @@ def backend(path: Path, app: str | None, upstream: str | None) -> None:
 
 
 @cli.group(invoke_without_command=True, subcommand_metavar="[rules]")
-@_config_file(required=False)
+@config_file(required=False)
 @click.option("--remove", is_flag=True, help="Take it away instead, with all its rules.")
 @click.pass_context
 def switch(context: click.Context, path: Path | None, remove: bool) -> None:

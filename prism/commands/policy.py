@@ -10,25 +10,16 @@ from urllib.parse import urlsplit
 
 import click
 
+from prism.commands.options import config_file
 from prism.errors import ConfigError, PrismError
 
 __all__ = ["reload", "route"]
 
 _PATIENCE = 10.0  # seconds
 
-_config = click.option(
-    "-c",
-    "--config",
-    "path",
-    required=True,
-    metavar="FILE",
-    type=click.Path(path_type=Path),
-    help="Configuration file (TOML).",
-)
-
 
 @click.command()
-@_config
+@config_file(required=True)
 @click.argument("method")
 @click.argument("url")
 @click.option("-H", "--header", "fields", multiple=True, metavar="NAME: VALUE", help="Repeatable.")
@@ -83,7 +74,7 @@ def route(  # noqa: PLR0917
 
 
 @click.command()
-@_config
+@config_file(required=True)
 def reload(path: Path) -> None:
     """Have the running processes of a configuration file apply it; nothing is dropped."""
     from prism.config import load  # noqa: PLC0415
