@@ -12,10 +12,10 @@ import selectors
 from typing import Any
 
 from prism.errors import PrismError
-from prism.replication import Replicator
-from prism.replication_membership import Membership
-from prism.replication_rules import Reply, Stage
-from prism.replication_views import NO_VERSION, Message, Saved, Version
+from prism.replication.membership import Membership
+from prism.replication.replicator import Replicator
+from prism.replication.rules import Reply, Stage
+from prism.replication.views import NO_VERSION, Message, Saved, Version
 
 LEASE = 1.0
 

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from replication_world import LEASE, World, run
 
-from prism.replication_rules import Outcome, arrival, chain_of, tail_of
-from prism.replication_views import Version, View
+from prism.replication.rules import Outcome, arrival, chain_of, tail_of
+from prism.replication.views import Version, View
 
 KEYS = [b"0", b"1", b"2", b"3"]
 FAULTS = st.lists(

@@ -8,7 +8,7 @@ import enum
 from collections.abc import AsyncIterator, Sequence
 from typing import Final, NamedTuple
 
-from prism.replication_views import NO_VERSION, Version, View
+from prism.replication.views import NO_VERSION, Version, View
 
 __all__ = [
     "DONE",

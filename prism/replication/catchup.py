@@ -11,28 +11,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 from prism.errors import PrismError
-from prism.replication_views import NO_VERSION, Version
+from prism.replication.interfaces import Page
+from prism.replication.views import NO_VERSION, Version
 
 if TYPE_CHECKING:
-    from prism.replication import Replicator
+    from prism.replication.replicator import Replicator
 
-__all__ = ["CatchUp", "Page"]
+__all__ = ["CatchUp"]
 
 log = logging.getLogger(__name__)
 
 _PAGE: Final = 512  # keys looked at for one page
 _FETCHES: Final = 4  # objects fetched at the same time
 _LOG_EVERY: Final = 5.0  # seconds
-
-
-class Page(NamedTuple):
-    """Versions in key order; ``end``: the last key looked at, empty when there are no more."""
-
-    entries: list[tuple[bytes, Version]]
-    end: bytes
 
 
 class _Round(PrismError):

@@ -23,7 +23,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from prism.replication_views import (
+from prism.replication.views import (
     NO_BALLOT,
     Ballot,
     Kind,
