@@ -213,6 +213,7 @@ class Node(Embedded):
             "switch_reachable": self.switch.reachable,
             "reloads": dict(self.reloads),
             "adaptive": self.weigher.status(),
+            "relaying": self.relay.status(),
         }
 
     # -- requests --------------------------------------------------------------------------

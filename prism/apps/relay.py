@@ -72,6 +72,11 @@ class Relay:
         """An app that relays everything to one upstream server."""
         return RelayTo(self, address)
 
+    def status(self) -> dict[str, int]:
+        """How many connections there are, in use and kept for the next request."""
+        sizes = [pool.sizes for pool in self._pools.values()]
+        return {"busy": sum(busy for busy, _ in sizes), "idle": sum(idle for _, idle in sizes)}
+
     def close(self) -> None:
         """Closes all idle connections."""
         for pool in self._pools.values():

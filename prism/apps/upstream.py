@@ -313,6 +313,11 @@ class Pool:
         self._busy = 0
         self._idle: list[Upstream] = []
 
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """How many connections there are: in use or being made, and idle."""
+        return self._busy, len(self._idle)
+
     async def acquire(self, *, fresh: bool = False) -> Upstream:
         """A connection to be given back by :meth:`release`; ``fresh``: one never used before.
 

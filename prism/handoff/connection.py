@@ -7,6 +7,7 @@ node. The frames' own MACs prove in addition that the peer has the cluster key.
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import time
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from prism.handoff.wire import Decoder, Fault, Message, Sealer, WireError
 from prism.tls.identity import Identity
 
 __all__ = ["ChannelCounters", "Connection", "Shared", "connect", "node_of", "serve"]
+
+log = logging.getLogger(__name__)
 
 PING_INTERVAL = 1.0  # seconds
 SILENCE = 3.5  # seconds without a frame after which a connection is given up
@@ -208,22 +211,26 @@ class Connection(asyncio.Protocol):
         """One authenticated message."""
         raise NotImplementedError
 
-    def quiet(self) -> None:
-        """A ping interval has passed without a frame from the peer."""
+    def keep_alive(self) -> None:
+        """A ping interval has passed: have the peer say something, and so hear something."""
 
     def _tick(self) -> None:
         """Liveness: no handshake in time, or silence."""
-        silent = self.loop.time() - self._heard
-        if not self.ready or silent > self.shared.silence:
+        now = self.loop.time()
+        silent = now - self._heard > self.shared.silence
+        # Where this process stood still itself, the peer's frames are still to be read.
+        stood = self._timer is not None and now - self._timer.when() > self.shared.ping_interval
+        if not self.ready or (silent and not stood):
             if self.ready:
                 self.counters.silent += 1
+                log.warning("link with %s: nothing heard for too long, given up", self.where)
             self.drop()
             return
         if time.time() > self.tls.peer.not_after:
             self.distrust(Distrust(Why.EXPIRED, "its certificate has expired meanwhile"))
             return
-        if silent >= self.shared.ping_interval * 0.9:
-            self.quiet()
+        # Whatever was heard: the peer must hear of us, too, and reports are not answered.
+        self.keep_alive()
         self._timer = self.loop.call_later(self.shared.ping_interval, self._tick)
 
     def established(self) -> None:

@@ -296,9 +296,9 @@ class Calling(Connection):
         outbound, inbound = wire.session_keys(self.shared.key, self._hello, hello)
         self.sealer = Sealer(outbound)
         self.decoder.rekey(inbound, wire.MAX_HELLO)
-        self.quiet()
+        self.keep_alive()
 
-    def quiet(self) -> None:
+    def keep_alive(self) -> None:
         """Ask whether the peer is there."""
         self.write(self.sealer.ping(0))
 

@@ -137,16 +137,19 @@ class Bed:
     def snapshot(self) -> Snapshot:
         topology = self.cluster.topology
         roles = ["client", "switch", *self.nodes]
-        relays = self.total("relays")
-        taken = Snapshot.take(
+        return Snapshot.take(
             self.cluster.name,
             self.pids(),
             {role: topology.namespace(role) for role in roles},
             self.rules(),
             self.stores(),
+            [node.relay_endpoint for node in self.placement.nodes],
+            sum(status["relaying"]["idle"] for status in self.statuses()),
         )
-        taken.relays = relays
-        return taken
+
+    def statuses(self) -> list[dict[str, Any]]:
+        """What each worker of the frontends and backends tells."""
+        return [status for node in self.nodes for status in self.cluster.statuses(node)]
 
     def assert_clean(
         self, before: Snapshot, timeout: float = 5.0, *, closed_by_backend: int = 0
@@ -154,18 +157,12 @@ class Bed:
         """Nothing may be left that was not there before.
 
         But for the rules of connections that a backend has closed first: they stay for TIME_WAIT.
+        And for connections between nodes that are kept for the next request to be relayed.
         """
         if closed_by_backend:
             before.counts["rules"] += closed_by_backend
-        left = settle(before, self.snapshot, timeout)
-        # A busy machine has some requests relayed, and nodes keep those connections for the next.
-        kept = self.total("relays") - before.relays
-        left = {
-            name: number
-            for name, number in left.items()
-            if number > kept or not name.endswith(("descriptor socket", "socket ESTABLISHED"))
-        }
-        assert left == {}
+        left, details = settle(before, self.snapshot, timeout)
+        assert left == {}, details
 
     def no_unexpected_errors(self) -> list[str]:
         """Lines of the logs that tell of faults in Prism itself."""

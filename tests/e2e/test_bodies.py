@@ -20,6 +20,16 @@ OK = (200, 201, 204)
 SIZES = (1, 2, 100, 1447, 1448, 1449, 65_535, 65_536, 1 << 20, 7_000_001)
 
 
+def test_what_stays_is_noticed(shared: Bed) -> None:
+    """The check that the others rely on tells a connection that stays, and who holds it."""
+    before = shared.snapshot()
+    with shared.client.open() as conn:
+        assert conn.request("GET", shared.key("be1", "nothing")).status == 404
+        with pytest.raises(AssertionError, match=r"be1 socket ESTABLISHED: .* held by be1/0 \(fd"):
+            shared.assert_clean(before, timeout=0.2)
+    shared.assert_clean(before)
+
+
 @pytest.mark.parametrize("chunk", [0, 1, 1000, 65_536], ids=["length", "1", "1000", "65536"])
 def test_uploads(shared: Bed, chunk: int) -> None:
     """Every size comes back as it was, on one connection that moves with each object."""

@@ -217,8 +217,16 @@ def test_handoffs_forbidden(make_bed: Callable[..., Bed], relay: bool) -> None:
     """``handoff = "never"`` makes a plain proxy; without relaying too, requests get a 503."""
     bed = make_bed(backends=2, settings={"frontend.handoff": "never", "frontend.relay": relay})
     if relay:
+        before = bed.snapshot()
         assert _store_and_fetch(bed, "be1", "never") == "be1/0"
         assert bed.relays() == {"configured": 3}
+        bed.assert_clean(before)  # but for the connection that the frontend keeps
+        assert bed.cluster.statuses("fe1")[0]["relaying"] == {"busy": 0, "idle": 1}
+        with bed.cluster.topology.namespace("fe1").socket() as stray:
+            stray.connect(bed.placement.nodes[0].relay_endpoint)
+            stray.sendall(b"GET")
+            with pytest.raises(AssertionError, match="no pool keeps"):
+                bed.assert_clean(before, timeout=0.2)
     else:
         assert bed.client.once("GET", bed.key("be1")).status == 503
     assert bed.switch("handoffs") == 0

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import ssl
+import time
 
 import pytest
 import uvloop
@@ -343,6 +344,36 @@ async def test_a_stopped_peer_is_given_up():
         await until(lambda: answers)
         assert answers == [LinkLost()]
         assert here.counters.silent == 1
+
+
+async def test_a_link_stays_up_while_only_the_listener_has_something_to_say():
+    """Reports come more often than pings would, and are not answered."""
+    async with (
+        channel("be1/0", ping_interval=0.2, silence=0.6) as there,
+        channel("fe1/0", ping_interval=0.2, silence=0.6) as here,
+    ):
+        way = here.link("be1/0", await there.listen(ANYWHERE))
+        assert await way.wait_connected(2)
+        ending = time.monotonic() + 1.2
+        while time.monotonic() < ending:
+            there.report(b"x")
+            await asyncio.sleep(0.01)
+        assert there.counters.silent == here.counters.silent == 0
+        assert there.counters.disconnects == 0
+
+
+async def test_who_stood_still_does_not_blame_the_others():
+    async with (
+        channel("be1/0", ping_interval=0.05, silence=0.2) as there,
+        channel("fe1/0", ping_interval=0.05, silence=0.2) as here,
+    ):
+        way = here.link("be1/0", await there.listen(ANYWHERE))
+        assert await way.wait_connected(2)
+        for _ in range(3):
+            time.sleep(0.4)
+            await asyncio.sleep(0.1)
+        assert there.counters.silent == here.counters.silent == 0
+        assert way.connected
 
 
 async def test_a_caller_that_says_nothing_is_dropped():
