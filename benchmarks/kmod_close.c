@@ -2,9 +2,7 @@
 /*
  * What the monitor module adds to the end of a connection.
  *
- *   gcc -O2 -Ikmod -o kmod_close benchmarks/kmod_close.c
- *   scripts/vm -- sh -c './kmod_close plain; insmod $PRISM_VM_MODULE; ./kmod_close plain
- * registered'
+ *   benchmarks/kmod_close.sh
  *
  * Makes rounds of connections over loopback and prints, for each mode named, the median over the
  * rounds of the nanoseconds that one connection takes to be closed, both ends, the peer first;
