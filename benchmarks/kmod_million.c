@@ -6,8 +6,10 @@
  *   scripts/vm --memory 9000 -- sh -c 'insmod $PRISM_VM_MODULE && ./kmod_million'
  *
  * Sockets in repair mode are connected without a peer, which takes half the memory. Checks that the
- * next registration is refused (ENOSPC), that half of them, closed, are told exactly once, that
- * there is room again, and closes the descriptor with the other half registered.
+ * next registration is refused (ENOSPC); that of half of them, closed while nobody reads, as many
+ * are told as the queue holds, each exactly once, and the number of all others; that each of the
+ * closed is known to be no longer registered, and each of the others to be so; that there is room
+ * again; and closes the descriptor with the other half registered.
  */
 #include <arpa/inet.h>
 #include <errno.h>
@@ -30,6 +32,7 @@
 
 static int sockets[LIMIT + 1];
 static unsigned char told[LIMIT + 1];
+static __u64 cookies[LIMIT + 1];
 
 static double now(void)
 {
@@ -43,6 +46,14 @@ static void check(int good, const char *what)
 {
 	if (!good) {
 		perror(what);
+		exit(1);
+	}
+}
+
+static void require(int good, const char *what)
+{
+	if (!good) {
+		fprintf(stderr, "%s\n", what);
 		exit(1);
 	}
 }
@@ -79,32 +90,45 @@ static int add(int device, int number)
 {
 	struct prism_monitor_register request = {.fd = sockets[number], .cookie = number};
 
-	return ioctl(device, PRISM_MONITOR_REGISTER, &request);
+	int status = ioctl(device, PRISM_MONITOR_REGISTER, &request);
+
+	cookies[number] = request.socket;
+	return status;
 }
 
-static int read_events(int device, int wanted)
+static int read_events(int device, int *lost)
 {
 	static struct prism_monitor_event events[BATCH];
+	ssize_t size;
 	int count = 0, i;
 
-	while (count < wanted) {
-		ssize_t size = read(device, events, sizeof(events));
-
-		check(size > 0, "read");
+	*lost = 0;
+	while ((size = read(device, events, sizeof(events))) > 0) {
 		for (i = 0; i < (int)(size / sizeof(events[0])); i++) {
-			if (events[i].cookie > LIMIT || told[events[i].cookie]++) {
-				fprintf(stderr, "told twice, or never registered\n");
-				exit(1);
+			if (events[i].reason == PRISM_MONITOR_LOST) {
+				*lost += events[i].cookie;
+				continue;
 			}
+			require(events[i].cookie <= LIMIT && !told[events[i].cookie]++,
+				"told twice, or never registered");
+			count++;
 		}
-		count += size / sizeof(events[0]);
 	}
+	check(errno == EAGAIN, "read");
 	return count;
+}
+
+static int registered(int device, int number)
+{
+	if (!ioctl(device, PRISM_MONITOR_CHECK, &cookies[number]))
+		return 1;
+	check(errno == ENOENT, "check");
+	return 0;
 }
 
 int main(void)
 {
-	int device, i;
+	int device, count, lost, i;
 	double began = now();
 
 	allow_descriptors();
@@ -117,17 +141,22 @@ int main(void)
 	for (i = 0; i < LIMIT; i++)
 		check(!add(device, i), "register");
 	printf("%d registered: %.1f s\n", i, now() - began);
-	check(add(device, LIMIT) && errno == ENOSPC, "one too many was not refused");
+	require(add(device, LIMIT) && errno == ENOSPC, "one too many was not refused");
 	began = now();
 	for (i = 0; i < LIMIT; i += 2)
 		close(sockets[i]);
-	check(add(device, LIMIT) && errno == ENOSPC, "unread events do not count");
-	printf("%d closed and told: ", read_events(device, LIMIT / 2));
-	printf("%.1f s\n", now() - began);
-	check(read(device, told, 64) < 0 && errno == EAGAIN, "more than was closed");
-	for (i = 0; i < LIMIT; i += 2)
-		check(told[i] == 1, "not told");
-	check(!add(device, LIMIT), "no room again");
+	printf("half of them closed: %.1f s\n", now() - began);
+	began = now();
+	count = read_events(device, &lost);
+	printf("%d told, %d lost: %.1f s\n", count, lost, now() - began);
+	require(count && lost && count + lost == LIMIT / 2, "told and lost are not all");
+	began = now();
+	for (i = 0; i < LIMIT; i++)
+		require(registered(device, i) == i % 2, "the wrong ones are registered");
+	printf("%d looked up: %.1f s\n", LIMIT, now() - began);
+	for (i = 0; i < LIMIT; i++)
+		require(told[i] == 0 || i % 2 == 0, "told of one that is open");
+	require(!add(device, LIMIT), "no room again");
 	began = now();
 	check(!close(device), "close");
 	printf("closed with the other half registered: %.1f s\n", now() - began);

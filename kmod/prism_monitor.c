@@ -23,7 +23,8 @@
  *                                             +--- waiting --- TIME_WAIT destroyed -----> event
  *
  * A registration becomes the event: it moves from the table to its descriptor's queue. So an event
- * needs no memory that could be missing, and none is ever lost.
+ * needs no memory that could be missing. The queue is bounded: what comes while it is full is
+ * counted, and the reader is told how many were lost before anything else.
  *
  * Locks, outer first: the socket's, pm_protos_lock; a bucket's, then a descriptor's. Hooks run in
  * any context, so the last two are taken with interrupts off.
@@ -76,14 +77,20 @@ typedef void (*pm_destruct_t)(struct sock *sk); /* of sk_destruct */
 
 static unsigned int max_registrations = 1 << 20;
 module_param(max_registrations, uint, 0644);
-MODULE_PARM_DESC(max_registrations, "sockets registered or events unread at one descriptor");
+MODULE_PARM_DESC(max_registrations, "sockets registered at one descriptor");
+
+static unsigned int max_unread = 1 << 18;
+module_param(max_unread, uint, 0644);
+MODULE_PARM_DESC(max_unread,
+		 "events unread at one descriptor; beyond that they are lost, and counted");
 
 /**
  * struct pm_file - an open descriptor of the device
  * @lock: protects all below
  * @ready: events to be read, the first first
  * @registered: registrations in the table
- * @unread: events in @ready
+ * @unread: events in @ready, and those that are being read
+ * @lost: events that found @ready full, and that no reader has been told of yet
  * @wait: readers
  * @rcu: hooks wake the readers after letting go of the locks
  */
@@ -92,6 +99,7 @@ struct pm_file {
 	struct list_head ready;
 	u32 registered;
 	u32 unread;
+	u64 lost;
 	wait_queue_head_t wait;
 	struct rcu_head rcu;
 };
@@ -186,13 +194,24 @@ static struct pm_conn *pm_find(struct pm_bucket *bucket, u64 socket)
 }
 
 /**
+ * pm_readable() - whether a descriptor has anything to be read
+ * @file: the descriptor; locked, or the answer is a hint
+ *
+ * Return: whether events wait, or some were lost.
+ */
+static bool pm_readable(struct pm_file *file)
+{
+	return !list_empty_careful(&file->ready) || READ_ONCE(file->lost);
+}
+
+/**
  * pm_tell() - turn a registration into its event
- * @conn: in a locked bucket, with a descriptor
+ * @conn: in a locked bucket, with a descriptor; gone afterwards
  * @reason: enum prism_monitor_reason
  * @flags: of the event
  *
  * Return: the descriptor whose readers the caller has to wake inside the same RCU read-side
- * section, NULL if events were waiting already.
+ * section, NULL if there was something to be read already.
  */
 static struct pm_file *pm_tell(struct pm_conn *conn, u8 reason, u8 flags)
 {
@@ -204,11 +223,18 @@ static struct pm_file *pm_tell(struct pm_conn *conn, u8 reason, u8 flags)
 	conn->event.flags = flags;
 	conn->event.when = ktime_get_ns();
 	spin_lock(&file->lock);
-	first = list_empty(&file->ready);
-	list_add_tail(&conn->ready, &file->ready);
+	first = !pm_readable(file);
 	file->registered--;
-	file->unread++;
+	if (likely(file->unread < READ_ONCE(max_unread))) {
+		list_add_tail(&conn->ready, &file->ready);
+		file->unread++;
+		conn = NULL;
+	} else {
+		WRITE_ONCE(file->lost, file->lost + 1);
+	}
 	spin_unlock(&file->lock);
+	if (unlikely(conn))
+		kmem_cache_free(pm_conns, conn);
 	return first ? file : NULL;
 }
 
@@ -604,14 +630,14 @@ static int pm_register_sock(struct pm_file *file, struct sock *sk,
  * pm_count() - make room for a registration
  * @file: the descriptor
  *
- * Return: 0, -ENOSPC if too many are registered or unread.
+ * Return: 0, -ENOSPC if too many are registered.
  */
 static int pm_count(struct pm_file *file)
 {
 	int error = 0;
 
 	spin_lock_irq(&file->lock);
-	if (file->registered + file->unread >= READ_ONCE(max_registrations))
+	if (file->registered >= READ_ONCE(max_registrations))
 		error = -ENOSPC;
 	else
 		file->registered++;
@@ -714,6 +740,30 @@ static int pm_unregister(struct pm_file *file, void __user *argument)
 }
 
 /**
+ * pm_check() - PRISM_MONITOR_CHECK
+ * @file: the descriptor
+ * @argument: the socket's own cookie, __u64
+ *
+ * Return: 0, -EFAULT, -ENOENT.
+ */
+static int pm_check(struct pm_file *file, void __user *argument)
+{
+	struct pm_bucket *bucket;
+	struct pm_conn *conn;
+	bool found;
+	u64 socket;
+
+	if (copy_from_user(&socket, argument, sizeof(socket)))
+		return -EFAULT;
+	bucket = pm_bucket(socket);
+	spin_lock_irq(&bucket->lock);
+	conn = pm_find(bucket, socket);
+	found = conn && conn->file == file;
+	spin_unlock_irq(&bucket->lock);
+	return found ? 0 : -ENOENT;
+}
+
+/**
  * pm_info() - PRISM_MONITOR_INFO
  * @file: the descriptor
  * @argument: struct prism_monitor_info
@@ -731,6 +781,7 @@ static int pm_info(struct pm_file *file, void __user *argument)
 	spin_lock_irq(&file->lock);
 	info.registered = file->registered;
 	info.unread = file->unread;
+	info.lost = min_t(u64, file->lost, U32_MAX);
 	spin_unlock_irq(&file->lock);
 	return copy_to_user(argument, &info, sizeof(info)) ? -EFAULT : 0;
 }
@@ -753,6 +804,8 @@ static long pm_ioctl(struct file *filp, unsigned int command, unsigned long argu
 		return pm_register(file, user);
 	case PRISM_MONITOR_UNREGISTER:
 		return pm_unregister(file, user);
+	case PRISM_MONITOR_CHECK:
+		return pm_check(file, user);
 	case PRISM_MONITOR_INFO:
 		return pm_info(file, user);
 	default:
@@ -799,6 +852,32 @@ static void pm_done(struct pm_file *file, struct pm_conn *conn, bool read)
 }
 
 /**
+ * pm_read_lost() - tell a reader how many events were lost
+ * @file: the descriptor
+ * @buffer: room for one event
+ *
+ * Return: octets read: one event, or none if none were lost; -EFAULT.
+ */
+static ssize_t pm_read_lost(struct pm_file *file, char __user *buffer)
+{
+	struct prism_monitor_event event = {.reason = PRISM_MONITOR_LOST, .when = ktime_get_ns()};
+
+	spin_lock_irq(&file->lock);
+	event.cookie = file->lost;
+	WRITE_ONCE(file->lost, 0);
+	spin_unlock_irq(&file->lock);
+	if (likely(!event.cookie))
+		return 0;
+	if (!copy_to_user(buffer, &event, sizeof(event)))
+		return sizeof(event);
+	spin_lock_irq(&file->lock);
+	WRITE_ONCE(file->lost, file->lost + event.cookie);
+	spin_unlock_irq(&file->lock);
+	pm_wake(file); /* another reader may have found nothing meanwhile */
+	return -EFAULT;
+}
+
+/**
  * pm_read() - the device's read(2)
  * @filp: the open device
  * @buffer: room for events
@@ -812,12 +891,15 @@ static ssize_t pm_read(struct file *filp, char __user *buffer, size_t size, loff
 {
 	struct pm_file *file = filp->private_data;
 	struct pm_conn *conn;
-	size_t done = 0;
+	ssize_t done;
 	int error;
 
 	if (size < sizeof(conn->event))
 		return -EINVAL;
 	for (;;) {
+		done = pm_read_lost(file, buffer);
+		if (done < 0)
+			return done;
 		while (size - done >= sizeof(conn->event) && (conn = pm_take(file))) {
 			bool read = !copy_to_user(buffer + done, &conn->event, sizeof(conn->event));
 
@@ -831,7 +913,7 @@ static ssize_t pm_read(struct file *filp, char __user *buffer, size_t size, loff
 			return done;
 		if (filp->f_flags & O_NONBLOCK)
 			return -EAGAIN;
-		error = wait_event_interruptible(file->wait, !list_empty_careful(&file->ready));
+		error = wait_event_interruptible(file->wait, pm_readable(file));
 		if (error)
 			return error;
 	}
@@ -849,7 +931,7 @@ static __poll_t pm_poll(struct file *filp, poll_table *wait)
 	struct pm_file *file = filp->private_data;
 
 	poll_wait(filp, &file->wait, wait);
-	return list_empty_careful(&file->ready) ? 0 : EPOLLIN | EPOLLRDNORM;
+	return pm_readable(file) ? EPOLLIN | EPOLLRDNORM : 0;
 }
 
 /**
@@ -978,4 +1060,4 @@ module_init(pm_init);
 module_exit(pm_exit);
 MODULE_LICENSE("GPL");
 MODULE_DESCRIPTION("Tells programs when TCP connections are gone, TIME_WAIT included");
-MODULE_VERSION("1");
+MODULE_VERSION("2");

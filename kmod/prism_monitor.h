@@ -6,9 +6,10 @@
  * prism_monitor_event for each of them, once nothing of its connection is left in the kernel. As
  * many events as fit into the buffer are read at once; poll(2) tells when there are some.
  *
- * No event is ever lost: its memory is set aside when the socket is registered. What has been
- * registered and not been read yet is bounded for each descriptor; beyond the bound, registering
- * fails with ENOSPC.
+ * Both what is registered and what is unread are bounded for each descriptor. Beyond the first
+ * bound, registering fails with ENOSPC. Beyond the second, events are lost, and the next read
+ * begins with an event that says how many (PRISM_MONITOR_LOST); PRISM_MONITOR_CHECK tells which
+ * sockets are still registered, so of those that are not and had no event the event was lost.
  */
 #ifndef PRISM_MONITOR_H
 #define PRISM_MONITOR_H
@@ -16,7 +17,7 @@
 #include <linux/ioctl.h>
 #include <linux/types.h>
 
-#define PRISM_MONITOR_ABI  1
+#define PRISM_MONITOR_ABI  2
 #define PRISM_MONITOR_PATH "/dev/prism_monitor"
 
 /**
@@ -29,6 +30,8 @@
  *	socket) has come to its end, of itself or because the client uses its port again; but see
  *	PRISM_MONITOR_STARTS
  * @PRISM_MONITOR_HANDED_OFF: closed in repair mode, without a packet
+ * @PRISM_MONITOR_LOST: not the end of a connection: as many events as the cookie says found the
+ *	queue full since the last read, and will not come
  */
 enum prism_monitor_reason {
 	PRISM_MONITOR_CLOSED = 1,
@@ -36,6 +39,7 @@ enum prism_monitor_reason {
 	PRISM_MONITOR_TIMED_OUT = 3,
 	PRISM_MONITOR_TIME_WAIT = 4,
 	PRISM_MONITOR_HANDED_OFF = 5,
+	PRISM_MONITOR_LOST = 6,
 };
 
 /*
@@ -49,8 +53,8 @@ enum prism_monitor_reason {
 #define PRISM_MONITOR_SEES_TIME_WAIT 0x1
 
 /**
- * struct prism_monitor_event - a connection is gone
- * @cookie: what the registration said
+ * struct prism_monitor_event - a connection is gone, or events were lost
+ * @cookie: what the registration said; how many events were lost
  * @socket: the socket's own cookie (SO_COOKIE)
  * @when: CLOCK_MONOTONIC, in nanoseconds
  * @family: AF_INET or AF_INET6, that of the socket
@@ -96,10 +100,10 @@ struct prism_monitor_register {
  * struct prism_monitor_info - PRISM_MONITOR_INFO
  * @abi: PRISM_MONITOR_ABI
  * @features: PRISM_MONITOR_SEES_TIME_WAIT
- * @limit: how many may be registered or unread at this descriptor
+ * @limit: how many may be registered at one descriptor
  * @registered: how many are registered at this descriptor
  * @unread: how many events wait to be read
- * @reserved: zero
+ * @lost: how many were lost since the last read
  */
 struct prism_monitor_info {
 	__u32 abi;
@@ -107,12 +111,14 @@ struct prism_monitor_info {
 	__u32 limit;
 	__u32 registered;
 	__u32 unread;
-	__u32 reserved;
+	__u32 lost;
 };
 
 #define PRISM_MONITOR_REGISTER _IOWR('P', 0xa0, struct prism_monitor_register)
 /* Argument: the socket's own cookie. ENOENT: not registered here, or its event is there already. */
 #define PRISM_MONITOR_UNREGISTER _IOW('P', 0xa1, __u64)
 #define PRISM_MONITOR_INFO	 _IOR('P', 0xa2, struct prism_monitor_info)
+/* Argument: the socket's own cookie. Succeeds while it is registered here; else ENOENT. */
+#define PRISM_MONITOR_CHECK _IOW('P', 0xa3, __u64)
 
 #endif

@@ -3,9 +3,11 @@
 Each watched socket is registered with the module, which tells when nothing of its connection is
 left in the kernel: neither the socket nor, where this side closed first, its TIME_WAIT. So a rule
 can be withdrawn at that very moment, whether TIME_WAIT ran its 60 seconds or the client cut it
-short. One descriptor serves all sockets, and many events are read at once; none is ever lost.
+short. One descriptor serves all sockets, and many events are read at once.
 
-What the module has no room for is looked up once a second instead.
+What the module has no room for is looked up once a second instead. Should the module's queue of
+events overflow, because this process did not come to read it, it says how many were lost; then all
+that is watched is gone through once, and what the module does not know any more is looked up.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import logging
 import os
 import socket
 import struct
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -30,7 +33,7 @@ __all__ = ["ABI", "DEVICE", "Info", "KmodCounters", "KmodMonitor", "device_info"
 log = logging.getLogger(__name__)
 
 DEVICE: Final = Path("/dev/prism_monitor")
-ABI: Final = 1
+ABI: Final = 2
 
 # kmod/prism_monitor.h; tests/unit/test_kmod_abi.py compares.
 REGISTER: Final = struct.Struct("=iIQQ")
@@ -38,8 +41,9 @@ REGISTER_IOCTL: Final = 0xC018_50A0
 UNREGISTER_IOCTL: Final = 0x4008_50A1
 INFO: Final = struct.Struct("=6I")
 INFO_IOCTL: Final = 0x8018_50A2
+CHECK_IOCTL: Final = 0x4008_50A3
 EVENT: Final = struct.Struct("=Q18xBB36x")  # cookie, reason, flags
-CLOSED, RESET, TIMED_OUT, TIME_WAIT, HANDED_OFF = range(1, 6)
+CLOSED, RESET, TIMED_OUT, TIME_WAIT, HANDED_OFF, LOST = range(1, 7)
 STARTS: Final = 1
 SEES_TIME_WAIT: Final = 1
 
@@ -61,14 +65,17 @@ class Info:
 
     Attributes:
         sees_time_wait: whether it can tell when a TIME_WAIT ends, on this kernel.
-        limit: how many sockets may be registered or events unread at one descriptor.
-        registered, unread: how many are, at this one.
+        limit: how many sockets may be registered at one descriptor.
+        registered: how many are, at this one.
+        unread: how many events wait to be read at this one.
+        lost: how many found no room there since the last read.
     """
 
     sees_time_wait: bool
     limit: int
     registered: int
     unread: int
+    lost: int
 
 
 @dataclass(slots=True)
@@ -79,6 +86,7 @@ class KmodCounters:
     gone: int = 0
     time_waits: int = 0
     no_room: int = 0
+    lost: int = 0
 
 
 class _Watched:
@@ -103,7 +111,7 @@ class KmodMonitor:
     def __init__(self, device: Path = DEVICE) -> None:
         self.counters = KmodCounters()
         self.device = device
-        self.info = Info(False, 0, 0, 0)
+        self.info = Info(False, 0, 0, 0, 0)
         self._fd = -1
         self._queries: socket.socket | None = None
         self._number = 0
@@ -111,6 +119,9 @@ class KmodMonitor:
         self._by_ends: dict[tuple[Endpoint, Endpoint], _Watched] = {}
         self._unregistered: dict[int, _Watched] = {}
         self._sweeper: asyncio.TimerHandle | None = None
+        self._unchecked: deque[int] = deque()  # numbers, after events were lost
+        self._check_again = False
+        self._checker: asyncio.Handle | None = None
         self._loop: asyncio.AbstractEventLoop
 
     def __len__(self) -> int:
@@ -154,7 +165,7 @@ class KmodMonitor:
         if registered:
             self.counters.registered += 1
         else:
-            self._look_up_later(watched)
+            self._no_room(watched)
 
     def forget(self, local: Endpoint, peer: Endpoint) -> None:
         """Stop watching; what is not watched may be forgotten too."""
@@ -183,6 +194,9 @@ class KmodMonitor:
         if self._sweeper is not None:
             self._sweeper.cancel()
             self._sweeper = None
+        if self._checker is not None:
+            self._checker.cancel()
+            self._checker = None
         if self._queries is not None:
             self._queries.close()
             self._queries = None
@@ -221,11 +235,14 @@ class KmodMonitor:
             return
         for number, reason, flags in EVENT.iter_unpack(data):
             watched = self._by_number.get(number)
-            if watched is not None:
+            if reason == LOST:
+                self._lost(number)
+            elif watched is not None:
                 self._gone(watched, _REASONS.get(reason, Reason.UNKNOWN), bool(flags & STARTS))
 
     def _gone(self, watched: _Watched, reason: Reason, time_wait: bool) -> None:
         del self._by_number[watched.number]
+        self._unregistered.pop(watched.number, None)
         ends = (watched.local, watched.peer)
         if self._by_ends.get(ends) is watched:
             del self._by_ends[ends]
@@ -238,7 +255,7 @@ class KmodMonitor:
 
     # Where the module has no room
 
-    def _look_up_later(self, watched: _Watched) -> None:
+    def _no_room(self, watched: _Watched) -> None:
         if not self.counters.no_room:
             log.warning(
                 "the monitor module has no room beyond %d sockets: looking up the others once a "
@@ -246,6 +263,9 @@ class KmodMonitor:
                 self.info.limit,
             )
         self.counters.no_room += 1
+        self._look_up_later(watched)
+
+    def _look_up_later(self, watched: _Watched) -> None:
         watched.registered = False
         self._unregistered[watched.number] = watched
         if self._sweeper is None:
@@ -269,6 +289,57 @@ class KmodMonitor:
         if self._unregistered and self._fd >= 0:
             self._sweeper = self._loop.call_later(_SWEEP, self._sweep)
 
+    # After events were lost
+
+    def _lost(self, count: int) -> None:
+        log.warning(
+            "%d events of the monitor module were lost: this process was too busy to read them; "
+            "looking up all that is watched, or see "
+            "/sys/module/prism_monitor/parameters/max_unread",
+            count,
+        )
+        self.counters.lost += count
+        if self._checker is not None:
+            self._check_again = True  # behind those that are to be checked yet, all once more
+            return
+        self._unchecked.extend(self._by_number)
+        self._checker = self._loop.call_soon(self._check)
+
+    def _check(self) -> None:
+        """Find those whose event was lost, a bounded number at a time."""
+        for _ in range(min(_BATCH, len(self._unchecked))):
+            watched = self._by_number.get(self._unchecked.popleft())
+            if watched is not None and watched.registered and not self._registered(watched.socket):
+                self._missed(watched)
+            if self._fd < 0:
+                return  # a callback has closed the monitor
+        if not self._unchecked and self._check_again:
+            self._check_again = False
+            self._unchecked.extend(self._by_number)
+        self._checker = self._loop.call_soon(self._check) if self._unchecked else None
+
+    def _registered(self, socket_cookie: int) -> bool:
+        """Whether the module has the socket yet, so that its event is still to come."""
+        try:
+            fcntl.ioctl(self._fd, CHECK_IOCTL, struct.pack("=Q", socket_cookie))
+        except OSError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            return False
+        return True
+
+    def _missed(self, watched: _Watched) -> None:
+        """The socket has gone without a word; a TIME_WAIT may stand that the module cannot see."""
+        try:
+            state = self._state(watched.local, watched.peer, watched.socket)
+        except OSError as error:
+            log.warning("cannot look up %s: %s", watched.peer, error)
+            state = TcpState.TIME_WAIT
+        if state is None:
+            self._gone(watched, Reason.UNKNOWN, False)
+        else:
+            self._look_up_later(watched)
+
     def _state(
         self, local: Endpoint, peer: Endpoint, socket_cookie: int | None = None
     ) -> int | None:
@@ -290,7 +361,10 @@ def device_info(fd: int) -> Info:
     """
     answer = bytearray(INFO.size)
     fcntl.ioctl(fd, INFO_IOCTL, answer)
-    abi, features, limit, registered, unread, _ = INFO.unpack(answer)
+    abi, features, limit, registered, unread, lost = INFO.unpack(answer)
     if abi != ABI:
-        raise OSError(errno.EPROTO, f"the monitor module speaks version {abi}, not {ABI}")
-    return Info(bool(features & SEES_TIME_WAIT), limit, registered, unread)
+        raise OSError(
+            errno.EPROTO,
+            f"the monitor module speaks version {abi}, not {ABI}: prism-proxy kmod install",
+        )
+    return Info(bool(features & SEES_TIME_WAIT), limit, registered, unread, lost)

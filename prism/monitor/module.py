@@ -18,11 +18,12 @@ __all__ = ["NAME", "ModuleError", "Status", "build", "install", "sources", "stat
 
 NAME: Final = "prism_monitor"
 _PACKAGE: Final = "prism-monitor"  # in dkms.conf
-_VERSION: Final = "1"
+_VERSION: Final = "2"
 _FILES: Final = ("Kbuild", "Makefile", "dkms.conf", "prism_monitor.c", "prism_monitor.h")
 _SECURE_BOOT: Final = Path(
     "/sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c"
 )
+_DKMS: Final = Path("/var/lib/dkms", _PACKAGE)
 _BUILD_TIME = 300.0  # seconds
 
 
@@ -127,9 +128,10 @@ def install(kernel: str | None = None) -> str:
     """
     if os.geteuid() != 0:
         raise ModuleError("installing a module needs root")
+    running = kernel in (None, platform.release())
     kernel = kernel or platform.release()
-    if not Path("/proc/modules").exists():
-        raise ModuleError("this kernel is built without loadable modules")
+    if running and not Path("/proc/modules").exists():
+        raise ModuleError(f"kernel {kernel} is built without loadable modules")
     if shutil.which("dkms") is not None:
         _install_with_dkms(kernel)
         how = "with DKMS, which builds it again for every new kernel"
@@ -138,7 +140,7 @@ def install(kernel: str | None = None) -> str:
         build(target, kernel)
         _run(["depmod", "-a", kernel], "depmod failed")
         how = f"in {target}; for a new kernel do it again, or install dkms"
-    if kernel != platform.release():
+    if not running:
         return f"installed {how}"
     _load()
     return f"installed {how}; loaded"
@@ -149,17 +151,33 @@ def _install_with_dkms(kernel: str) -> None:
         raise ModuleError(
             f"the headers of kernel {kernel} are missing: apt-get install linux-headers-{kernel}"
         )
+    for version in _known_to_dkms():
+        command = ["dkms", "remove", "-m", _PACKAGE, "-v", version, "--all"]
+        subprocess.run(command, capture_output=True, check=False)
     tree = Path("/usr/src", f"{_PACKAGE}-{_VERSION}")
-    tree.mkdir(parents=True, exist_ok=True)
-    _copy_sources(tree)
+    try:
+        tree.mkdir(parents=True, exist_ok=True)
+        _copy_sources(tree)
+    except OSError as error:
+        raise ModuleError(f"cannot write to {tree}: {error.strerror}") from None
     module = ["-m", _PACKAGE, "-v", _VERSION]
-    subprocess.run(["dkms", "remove", *module, "--all"], capture_output=True, check=False)
     _run(["dkms", "add", *module], "dkms add failed")
     _run(["dkms", "install", *module, "-k", kernel], "dkms install failed")
 
 
+def _known_to_dkms() -> list[str]:
+    """The versions of the module that DKMS has: this one, and those of older releases."""
+    try:
+        return [each.name for each in _DKMS.iterdir() if each.name[0].isdigit()]
+    except FileNotFoundError:
+        return []
+
+
 def _load() -> None:
-    done = subprocess.run(["modprobe", NAME], capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(["modprobe", NAME], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise ModuleError("modprobe is missing: apt-get install kmod") from None
     if done.returncode == 0:
         return
     said = done.stderr.strip()
@@ -206,6 +224,8 @@ def _installed(kernel: str) -> Path | None:
 def _ask(device: Path) -> tuple[Info | None, str]:
     try:
         fd = os.open(device, os.O_RDWR | os.O_CLOEXEC)
+    except PermissionError as error:
+        return None, f"{device}: {error.strerror}; it belongs to root (a udev rule: docs/kernel.md)"
     except OSError as error:
         return None, f"{device}: {error.strerror}"
     try:

@@ -18,14 +18,16 @@ PROGRAM = """
 #define EVENT(field) (int)offsetof(struct prism_monitor_event, field)
 int main(void)
 {
-    printf("%lu %lu %lu\\n", (unsigned long)PRISM_MONITOR_REGISTER,
-        (unsigned long)PRISM_MONITOR_UNREGISTER, (unsigned long)PRISM_MONITOR_INFO);
+    printf("%lu %lu %lu %lu\\n", (unsigned long)PRISM_MONITOR_REGISTER,
+        (unsigned long)PRISM_MONITOR_UNREGISTER, (unsigned long)PRISM_MONITOR_INFO,
+        (unsigned long)PRISM_MONITOR_CHECK);
     printf("%d %d %d\\n", (int)sizeof(struct prism_monitor_register),
         (int)sizeof(struct prism_monitor_info), (int)sizeof(struct prism_monitor_event));
     printf("%d %d %d\\n", EVENT(cookie), EVENT(reason), EVENT(flags));
     printf("%d %d %d\\n", PRISM_MONITOR_ABI, PRISM_MONITOR_STARTS, PRISM_MONITOR_SEES_TIME_WAIT);
-    printf("%d %d %d %d %d\\n", PRISM_MONITOR_CLOSED, PRISM_MONITOR_RESET,
-        PRISM_MONITOR_TIMED_OUT, PRISM_MONITOR_TIME_WAIT, PRISM_MONITOR_HANDED_OFF);
+    printf("%d %d %d %d %d %d\\n", PRISM_MONITOR_CLOSED, PRISM_MONITOR_RESET,
+        PRISM_MONITOR_TIMED_OUT, PRISM_MONITOR_TIME_WAIT, PRISM_MONITOR_HANDED_OFF,
+        PRISM_MONITOR_LOST);
     return 0;
 }
 """
@@ -38,11 +40,11 @@ def test_the_header_and_python_agree(tmp_path: Path) -> None:
     said = subprocess.run([program], capture_output=True, text=True, check=True).stdout
     lines = [[int(word) for word in line.split()] for line in said.splitlines()]
     assert lines == [
-        [kmod.REGISTER_IOCTL, kmod.UNREGISTER_IOCTL, kmod.INFO_IOCTL],
+        [kmod.REGISTER_IOCTL, kmod.UNREGISTER_IOCTL, kmod.INFO_IOCTL, kmod.CHECK_IOCTL],
         [kmod.REGISTER.size, kmod.INFO.size, kmod.EVENT.size],
         [0, 26, 27],
         [kmod.ABI, kmod.STARTS, kmod.SEES_TIME_WAIT],
-        [kmod.CLOSED, kmod.RESET, kmod.TIMED_OUT, kmod.TIME_WAIT, kmod.HANDED_OFF],
+        [kmod.CLOSED, kmod.RESET, kmod.TIMED_OUT, kmod.TIME_WAIT, kmod.HANDED_OFF, kmod.LOST],
     ]
     event = bytearray(kmod.EVENT.size)
     event[0], event[26], event[27] = 7, 4, 1

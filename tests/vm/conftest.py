@@ -19,7 +19,7 @@ for neighbour in ("net", "e2e"):
     sys.path.append(str(HERE.with_name(neighbour)))
 pytest.register_assert_rewrite("monitor_conformance", "e2e_bed", "kmod_device")
 
-from kmod_device import COMPLAINTS, kernel_log, load_module  # noqa: E402
+from kmod_device import KernelLog, load_module  # noqa: E402
 
 from prism.lab import cluster  # noqa: E402
 
@@ -48,13 +48,18 @@ def module(_guest: None) -> str:
     return os.environ["PRISM_VM_MODULE"]
 
 
+@pytest.fixture(scope="session")
+def _kernel_log(_guest: None) -> Iterator[KernelLog]:
+    log = KernelLog()
+    yield log
+    log.close()
+
+
 @pytest.fixture(autouse=True)
-def _no_complaints() -> Iterator[None]:
+def _no_complaints(_kernel_log: KernelLog) -> Iterator[None]:
     """The kernel must not complain during a test: no warning, no oops, nothing left allocated."""
-    before = len(kernel_log())
     yield
-    new = [line for line in kernel_log()[before:] if any(word in line for word in COMPLAINTS)]
-    assert new == []
+    assert _kernel_log.complaints() == []
 
 
 @pytest.fixture

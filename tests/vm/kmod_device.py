@@ -55,6 +55,8 @@ def _decode(data: bytes) -> Event:
     size = 4 if family == socket.AF_INET else 16
 
     def end(address: bytes, port: bytes) -> tuple[str, int]:
+        if reason == kmod.LOST:
+            return "", 0
         return socket.inet_ntop(family, address[:size]), int.from_bytes(port, "big")
 
     return Event(cookie, sock, when, family, reason, flags, end(local, lport), end(peer, pport))
@@ -87,6 +89,13 @@ class Device:
 
     def unregister(self, socket_cookie: int) -> None:
         fcntl.ioctl(self.fd, kmod.UNREGISTER_IOCTL, struct.pack("=Q", socket_cookie))
+
+    def registered(self, socket_cookie: int) -> bool:
+        try:
+            fcntl.ioctl(self.fd, kmod.CHECK_IOCTL, struct.pack("=Q", socket_cookie))
+        except FileNotFoundError:
+            return False
+        return True
 
     @property
     def info(self) -> kmod.Info:
@@ -163,8 +172,30 @@ def settled_references(wanted: int = 0, seconds: float = 5.0) -> int:
     return references()
 
 
-def kernel_log() -> list[str]:
-    return subprocess.run(["dmesg"], capture_output=True, text=True, check=True).stdout.splitlines()
+class KernelLog:
+    """What the kernel logs from now on (/dev/kmsg; Documentation/ABI/testing/dev-kmsg)."""
+
+    def __init__(self) -> None:
+        self._fd = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        os.lseek(self._fd, 0, os.SEEK_END)
+
+    def complaints(self) -> list[str]:
+        """Those that have come since the last time."""
+        found = []
+        while True:
+            try:
+                record = os.read(self._fd, 8192).decode(errors="replace")
+            except BlockingIOError:
+                return found
+            except BrokenPipeError:  # overwritten before it was read: go on with what is left
+                found.append("BUG: more messages than the kernel's log holds")
+                continue
+            message = record.partition(";")[2].partition("\n")[0]
+            if any(word in message for word in COMPLAINTS):
+                found.append(message)
+
+    def close(self) -> None:
+        os.close(self._fd)
 
 
 def time_waits(port: int | None = None) -> int:

@@ -1,6 +1,7 @@
 """Does at random, for a time, whatever can be done to registered sockets.
 
-kmod_stress.py ADDRESS:PORT SECONDS SEED. Fails if an event comes twice, or for an unknown socket.
+kmod_stress.py ADDRESS:PORT SECONDS SEED. Fails if an event comes twice, or for an unknown socket,
+or if one is missing that is not counted as lost.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from kmod_device import Device
 
+from prism.monitor.kmod import LOST
+
 
 class Worker:
     def __init__(self, address: tuple[str, int], seed: int) -> None:
@@ -25,6 +28,7 @@ class Worker:
         self.devices = [Device(), Device()]
         self.sockets: list[socket.socket] = []
         self.pending: list[dict[int, int]] = [{}, {}]  # by device: cookie -> the socket's cookie
+        self.lost = [0, 0]  # by device: events
         self.number = 0
 
     def open(self) -> None:
@@ -70,17 +74,32 @@ class Worker:
             with contextlib.suppress(OSError):
                 sock.send(b"x")
 
-    def read(self) -> None:
-        which = self.random.randrange(2)
+    def read(self, which: int | None = None) -> None:
+        if which is None:
+            which = self.random.randrange(2)
         for event in self.devices[which].read(self.random.randrange(1, 20)):
-            assert self.pending[which].pop(event.cookie) == event.socket
+            if event.reason == LOST:
+                self.lost[which] += event.cookie
+            else:
+                assert self.pending[which].pop(event.cookie) == event.socket
 
     def reopen(self) -> None:
         if self.random.random() < 0.02:
             which = self.random.randrange(2)
             self.devices[which].close()
             self.pending[which].clear()
+            self.lost[which] = 0
             self.devices[which] = Device()
+
+    def account(self) -> None:
+        """Each socket that was registered is so yet, or its event was told, or counted as lost."""
+        for which, device in enumerate(self.devices):
+            pending = self.pending[which]
+            ended = [cookie for cookie, own in pending.items() if not device.registered(own)]
+            while not device.silent(0.0):
+                self.read(which)
+            missing = pending.keys() & ended
+            assert len(missing) <= self.lost[which], (missing, self.lost)
 
     def run(self, seconds: float) -> int:
         """How many steps it took."""
@@ -91,6 +110,7 @@ class Worker:
         while time.monotonic() < until:
             self.random.choice(what)()
             steps += 1
+        self.account()
         return steps
 
 

@@ -20,7 +20,7 @@ from monitor_conformance import pair, reset, use_port_again
 from prism._ext import tcp_repair
 from prism.flow import Endpoint
 from prism.lab.netns import join
-from prism.monitor.kmod import CLOSED, HANDED_OFF, RESET, STARTS, TIME_WAIT, TIMED_OUT
+from prism.monitor.kmod import CLOSED, HANDED_OFF, LOST, RESET, STARTS, TIME_WAIT, TIMED_OUT
 from prism.monitor.sockdiag import cookie_of
 
 TCP_LINGER2 = 8
@@ -377,7 +377,7 @@ class TestWhatItRefuses:
         with pytest.raises(OSError, match="Inappropriate ioctl"):
             fcntl.ioctl(device.fd, 0x5099)
         libc = ctypes.CDLL(None, use_errno=True)
-        for command in (0xC018_50A0, 0x4008_50A1, 0x8018_50A2):
+        for command in (0xC018_50A0, 0x4008_50A1, 0x8018_50A2, 0x4008_50A3):
             assert libc.ioctl(device.fd, ctypes.c_ulong(command), ctypes.c_void_p(8)) == -1
             assert ctypes.get_errno() == errno.EFAULT
         with pytest.raises(OSError, match="Invalid argument"):
@@ -416,31 +416,29 @@ class TestWhatItRefuses:
         end_time_wait(port, listener4)
         assert device.silent(0.3)
 
-    def test_the_bound_counts_what_is_registered_and_what_is_unread(
-        self, device, listener4, sysctl
-    ):
+    def test_the_bound_of_registrations(self, device, listener4, sysctl):
         sysctl(PARAMETERS / "max_registrations", 4)
         pairs = [connect(listener4) for _ in range(6)]
-        for number in range(4):
-            device.register(pairs[number][1], number)
-        with pytest.raises(OSError) as caught:
-            device.register(pairs[4][1], 4)
-        assert caught.value.errno == errno.ENOSPC
-        for client, ours in pairs[:3]:
-            close_behind(client, ours)
-        time.sleep(0.05)
-        info = device.info
-        assert (info.limit, info.registered, info.unread) == (4, 1, 3)
-        with pytest.raises(OSError) as caught:
-            device.register(pairs[4][1], 4)
-        assert caught.value.errno == errno.ENOSPC
-        assert [event.cookie for event in device.read(1)] == [0]
-        device.register(pairs[4][1], 4)
+
+        def is_refused() -> bool:
+            with pytest.raises(OSError) as caught:
+                device.register(pairs[4][1], 4)
+            return caught.value.errno == errno.ENOSPC
+
+        mine = [device.register(pairs[number][1], number) for number in range(4)]
+        assert is_refused()
+        assert (device.info.limit, device.info.registered) == (4, 4)
         with Device() as other:  # the bound is each descriptor's own
             other.register(pairs[5][1], 5)
-        for client, ours in pairs[3:]:
-            close_behind(client, ours)
-        assert sorted(event.cookie for event in device.wait(4)) == [1, 2, 3, 4]
+        device.unregister(mine[0])
+        device.register(pairs[0][1], 0)
+        assert is_refused()
+        close_behind(*pairs[1])
+        assert [event.cookie for event in device.wait()] == [1]
+        device.register(pairs[4][1], 4)
+        for number in (0, 2, 3, 4, 5):
+            close_behind(*pairs[number])
+        assert sorted(event.cookie for event in device.wait(4)) == [0, 2, 3, 4]
         assert (device.info.registered, device.info.unread) == (0, 0)
 
 
@@ -449,15 +447,89 @@ def connect_anew() -> tuple[socket.socket, socket.socket]:
         return pair(listener)
 
 
-class TestReading:
-    def end(self, device: Device, listener: socket.socket, count: int) -> None:
-        for number in range(count):
-            client, ours = connect(listener)
-            device.register(ours, number)
-            close_behind(client, ours)
+def end(device: Device, listener: socket.socket, count: int) -> None:
+    """Have so many connections end, one after the other; registered as 0, 1, ..."""
+    for number in range(count):
+        client, ours = connect(listener)
+        device.register(ours, number)
+        close_behind(client, ours)
 
+
+class TestOverflow:
+    """What finds the queue full is counted, and the reader told; never silence."""
+
+    def test_what_is_lost_is_counted_and_the_rest_can_be_found(self, device, listener4, sysctl):
+        sysctl(PARAMETERS / "max_unread", 3)
+        pairs = [connect(listener4) for _ in range(9)]
+        mine = [device.register(ours, number) for number, (_, ours) in enumerate(pairs)]
+        assert all(device.registered(cookie) for cookie in mine)
+        for client, ours in pairs[:8]:
+            close_behind(client, ours)
+        info = device.info
+        assert (info.registered, info.unread, info.lost) == (1, 3, 5)
+        lost, *told = device.read()
+        assert (lost.reason, lost.cookie, lost.socket, lost.flags) == (LOST, 5, 0, 0)
+        assert [(event.cookie, event.reason) for event in told] == [(n, CLOSED) for n in range(3)]
+        assert [device.registered(cookie) for cookie in mine] == [False] * 8 + [True]
+        info = device.info
+        assert (info.registered, info.unread, info.lost) == (1, 0, 0)
+        close_behind(*pairs[8])  # there is room again
+        assert [event.cookie for event in device.wait()] == [8]
+        assert not device.registered(mine[8])
+        assert device.silent()
+
+    def test_whoever_has_only_lost_events_is_woken(self, device, listener4, sysctl):
+        sysctl(PARAMETERS / "max_unread", 0)
+        epoll = select.epoll()
+        epoll.register(device.fd, select.EPOLLIN | select.EPOLLET)
+        for _ in range(2):
+            end(device, listener4, 2)
+            assert epoll.poll(2.0) == [(device.fd, select.EPOLLIN)]
+            assert not device.silent(0.0)
+            assert [(event.reason, event.cookie) for event in device.read()] == [(LOST, 2)]
+            assert device.silent()
+        epoll.close()
+
+    def test_a_fault_does_not_lose_the_number(self, device, listener4, sysctl):
+        sysctl(PARAMETERS / "max_unread", 1)
+        end(device, listener4, 4)
+        with pytest.raises(OSError, match="Bad address"):
+            device.read_into(8, 64)
+        assert device.info.lost == 3
+        end(device, listener4, 1)
+        assert [(event.reason, event.cookie) for event in device.read(1)] == [(LOST, 4)]
+        assert [(event.reason, event.cookie) for event in device.read(9)] == [(CLOSED, 0)]
+
+    def test_lost_at_the_end_of_time_wait(self, device, listener4, sysctl):
+        sysctl(PARAMETERS / "max_unread", 0)
+        client, ours = connect(listener4)
+        mine = device.register(ours, 1)
+        port = client.getsockname()
+        close_in_order(ours, client)
+        sees = device.info.sees_time_wait
+        assert device.registered(mine) == sees  # its event is yet to come
+        assert device.silent() == sees
+        end_time_wait(port, listener4)
+        (event,) = device.wait()
+        assert (event.reason, event.cookie) == (LOST, 1)
+        assert not device.registered(mine)
+
+    def test_another_descriptor_has_its_own_queue(self, device, listener4, sysctl):
+        sysctl(PARAMETERS / "max_unread", 1)
+        with Device() as other:
+            end(device, listener4, 2)
+            end(other, listener4, 1)
+            assert [event.reason for event in other.wait()] == [CLOSED]
+            client, ours = connect(listener4)
+            mine = other.register(ours, 2)
+            assert not device.registered(mine)
+            close_behind(client, ours)
+        assert [event.reason for event in device.wait(2)] == [LOST, CLOSED]
+
+
+class TestReading:
     def test_as_many_as_fit_and_in_order(self, device, listener4):
-        self.end(device, listener4, 10)
+        end(device, listener4, 10)
         assert len(os.read(device.fd, 64 + 63)) == 64
         assert [event.cookie for event in device.read(4)] == [1, 2, 3, 4]
         assert [event.cookie for event in device.read(100)] == [5, 6, 7, 8, 9]
@@ -465,7 +537,7 @@ class TestReading:
             os.read(device.fd, 64)
 
     def test_a_fault_in_the_middle_of_a_read_loses_nothing(self, device, listener4):
-        self.end(device, listener4, 5)
+        end(device, listener4, 5)
         page = mmap.PAGESIZE
         area = mmap.mmap(-1, 2 * page)
         address = ctypes.addressof(ctypes.c_char.from_buffer(area))
@@ -484,12 +556,12 @@ class TestReading:
         assert device.silent(0.0)
         epoll = select.epoll()
         epoll.register(device.fd, select.EPOLLIN | select.EPOLLET)
-        self.end(device, listener4, 2)
+        end(device, listener4, 2)
         assert epoll.poll(2.0) == [(device.fd, select.EPOLLIN)]
         assert len(device.read(1)) == 1
         assert not device.silent(0.0)
         assert len(device.read(5)) == 1
-        self.end(device, listener4, 1)
+        end(device, listener4, 1)
         assert epoll.poll(2.0) == [(device.fd, select.EPOLLIN)]
         epoll.close()
 
@@ -502,7 +574,7 @@ class TestReading:
             reader.start()
             time.sleep(0.1)
             assert found == []
-            self.end(device, listener4, 1)
+            end(device, listener4, 1)
             reader.join(10.0)
             assert found == [0]
 
@@ -517,7 +589,7 @@ class TestReading:
             readers = [threading.Thread(target=read, daemon=True) for _ in range(4)]
             for reader in readers:
                 reader.start()
-            self.end(device, listener4, 100)
+            end(device, listener4, 100)
             until = time.monotonic() + 10
             while len(found) < 100 and time.monotonic() < until:
                 time.sleep(0.05)

@@ -7,10 +7,10 @@ import socket
 
 import pytest
 from kmod_device import PARAMETERS, release
-from monitor_conformance import MonitorConformance, Notes, ends, pair, reset
+from monitor_conformance import MonitorConformance, Notes, ends, pair, reset, use_port_again
 
 from prism.config import BackendConfig
-from prism.monitor.base import Reason
+from prism.monitor.base import Gone, Reason
 from prism.monitor.choose import monitor_for
 from prism.monitor.kmod import KmodMonitor
 
@@ -43,6 +43,50 @@ class TestKmod(MonitorConformance):
             map(str, wanted)
         )
         assert [note.reason for note in notes].count(Reason.UNKNOWN) == 2
+
+    async def test_lost_events_are_made_up_for(self, monitor, listener4, sysctl, caplog):
+        """More end at once than the module's queue holds; one stays, and is told in its turn."""
+        sysctl(PARAMETERS / "max_unread", 2)
+        notes, stays = Notes(), Notes()
+        pairs = [pair(listener4) for _ in range(20)]
+        for _, ours in pairs[1:]:
+            monitor.watch(ours.fileno(), *ends(ours), notes.append)
+        client, ours = pairs[0]
+        monitor.watch(ours.fileno(), *ends(ours), stays.append)
+        wanted = {ends(ours) for _, ours in pairs[1:]}
+        for client, ours in pairs[1:]:
+            reset(ours)
+            client.close()
+        await notes.wait(19)
+        assert {(note.local, note.peer) for note in notes} == wanted
+        assert [note.reason for note in notes].count(Reason.UNKNOWN) == 17
+        assert monitor.counters.lost == 17
+        assert "17 events of the monitor module were lost" in caplog.text
+        assert stays == []
+        client, ours = pairs[0]
+        reset(ours)
+        client.close()
+        await stays.wait()
+        assert stays[0].reason is Reason.ENDED
+        assert len(monitor) == 0
+
+    async def test_a_lost_time_wait_is_waited_for(self, monitor, listener4, sysctl):
+        """Where its beginning is told and that got lost, the kernel is asked until it is over."""
+        sysctl(PARAMETERS / "max_unread", 0)
+        notes = Notes()
+        client, ours = pair(listener4)
+        local, peer = ends(ours)
+        monitor.watch(ours.fileno(), local, peer, notes.append)
+        ours.shutdown(socket.SHUT_WR)
+        client.close()
+        await asyncio.sleep(0.05)
+        ours.close()
+        await asyncio.sleep(0.3)
+        assert notes == []
+        use_port_again(listener4, peer)
+        await notes.wait(seconds=5.0)
+        assert notes == [Gone(local, peer, Reason.UNKNOWN, False)]
+        assert monitor.counters.lost == 1
 
     async def test_the_same_socket_under_other_ends(self, monitor, listener4):
         client, ours = pair(listener4)

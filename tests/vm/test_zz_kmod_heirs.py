@@ -1,14 +1,17 @@
-"""A registered socket that becomes a listener. Goes last: the module stays loaded for good."""
+"""What goes last: the module stays loaded for good, and the kernel takes no other any more."""
 
 from __future__ import annotations
 
 import ctypes
 import socket
 import subprocess
+from pathlib import Path
 
 import pytest
 from kmod_device import Device, load_module, settled_references, unload_module
 from monitor_conformance import pair, reset
+
+from prism.monitor import module as installer
 
 
 def test_nothing_of_all_tests_before_is_left(module):
@@ -45,6 +48,18 @@ def test_a_registered_socket_that_becomes_a_listener(module, make_namespace):
     assert settled_references(1) == 1
     with pytest.raises(subprocess.CalledProcessError, match="rmmod"):
         unload_module()
+
+
+def test_a_kernel_that_wants_modules_signed(module, monkeypatch):
+    """What secure boot brings along, and what ``prism-proxy kmod install`` makes of it."""
+    Path("/sys/module/module/parameters/sig_enforce").write_text("1\n")
+    monkeypatch.setattr(installer, "NAME", module)
+    with pytest.raises(installer.ModuleError, match=r"wants modules signed \(secure boot\)"):
+        installer._load()
+    Path("/proc/sys/kernel/modules_disabled").write_text("1\n")
+    with pytest.raises(installer.ModuleError, match="not permitted"):
+        installer._load()
+    assert Path("/sys/module/prism_monitor").is_dir()
 
 
 def libc_disconnect(sock: socket.socket) -> None:
