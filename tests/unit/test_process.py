@@ -29,20 +29,21 @@ def note(name):
 """
 EPILOGUE = """
 names = [f"x/{i}" for i in range(int(sys.argv[2]))]
-sys.exit(process.serve(main, names, TelemetryConfig(), patience=0.5))
+sys.exit(process.serve(main, names, TelemetryConfig(), patience=float(sys.argv[3])))
 """
+PATIENCE = 30.0  # seconds for what takes milliseconds on a machine that has nothing else to do
 
-Start = Callable[[str, int], "subprocess.Popen[str]"]
+Start = Callable[..., "subprocess.Popen[str]"]
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     started: list[subprocess.Popen[str]] = []
 
-    def start(body: str, workers: int) -> subprocess.Popen[str]:
+    def start(body: str, workers: int, patience: float = PATIENCE) -> subprocess.Popen[str]:
         program = PROLOGUE + textwrap.dedent(body) + EPILOGUE
         process = subprocess.Popen(
-            [sys.executable, "-c", program, str(tmp_path), str(workers)],
+            [sys.executable, "-c", program, str(tmp_path), str(workers), str(patience)],
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -57,7 +58,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         process.stderr.close()
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 8) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -86,7 +87,7 @@ def test_a_signal_stops_every_worker_cleanly(
     pids = {pid_in(tmp_path / f"up{i}") for i in range(workers)}
     assert len(pids) == workers
     process.send_signal(number)
-    assert process.wait(timeout=5) == 0
+    assert process.wait(timeout=PATIENCE) == 0
     assert all((tmp_path / f"down{i}").exists() for i in range(workers))
     assert all(start_time(pid) is None for pid in pids)
 
@@ -101,7 +102,7 @@ def test_a_dead_worker_is_started_again_and_the_others_stay(start: Start, tmp_pa
     assert again != first
     assert start_time(other) is not None
     process.terminate()
-    assert process.wait(timeout=5) == 0
+    assert process.wait(timeout=PATIENCE) == 0
 
 
 def test_a_worker_that_cannot_start_ends_it_all_with_a_plain_message(start: Start) -> None:
@@ -114,7 +115,7 @@ def test_a_worker_that_cannot_start_ends_it_all_with_a_plain_message(start: Star
         """,
         2,
     )
-    assert process.wait(timeout=5) == 1
+    assert process.wait(timeout=PATIENCE) == 1
     errors = process.stderr.read()
     assert "port 80 is taken; choose another" in errors
     assert "Traceback" not in errors
@@ -125,16 +126,17 @@ def test_a_worker_that_will_not_stop_is_cut_short(start: Start, tmp_path: Path) 
         """
         async def main(worker, stop):
             note(f"up{worker}")
-            await asyncio.sleep(60)
+            await asyncio.sleep(600)
         """,
         2,
+        patience=0.5,
     )
     pid_in(tmp_path / "up0")
     pid_in(tmp_path / "up1")
     began = time.monotonic()
     process.terminate()
-    assert process.wait(timeout=6) == 0
-    assert 0.4 < time.monotonic() - began < 5
+    assert process.wait(timeout=PATIENCE) == 0
+    assert time.monotonic() - began > 0.4
 
 
 def test_workers_die_with_their_supervisor(start: Start, tmp_path: Path) -> None:
@@ -152,7 +154,7 @@ def test_no_core_dumps_and_all_the_descriptors_there_are(start: Start, tmp_path:
     soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
     assert soft == hard
     process.terminate()
-    assert process.wait(timeout=5) == 0
+    assert process.wait(timeout=PATIENCE) == 0
 
 
 def test_hardened_processes_leave_no_memory_behind() -> None:
