@@ -30,6 +30,7 @@ from prism.node import Node
 from prism.policy.engine import Route
 from prism.process import serve
 from prism.renewal import Mirror
+from prism.settling import settle
 from prism.switch.control import Message, Op, Status
 from prism.telemetry.logging import event
 from prism.tls.offload import Mode
@@ -175,6 +176,14 @@ class Backend(Node):
         super().closed(connection)
 
     # -- requests --------------------------------------------------------------------------
+
+    def dispatch(self, connection: Connection, head: RequestHead) -> None:
+        """As every node; a connection that has to be given up by the kernel first is waited for."""
+        decide = super().dispatch
+        if connection.stream.unsettled and self.local_app(connection, head) is None:
+            settle(connection, lambda: decide(connection, head))
+        else:
+            decide(connection, head)
 
     def local_app(self, connection: Connection, head: RequestHead) -> App | None:
         """What answers wherever it is placed: what another node relays, and listings."""

@@ -71,8 +71,8 @@ class TlsConfig(Section):
     offload: Literal["auto", "kernel", "user"] = Field(
         "auto",
         description="Who makes the TLS records of large files at a backend; `auto`: the kernel "
-        "where it can, `user`: the process, as with everything else. With `kernel` a backend does "
-        "not start where the kernel cannot.",
+        "where it can, `user`: the process, as with everything else. With `kernel` the kernel also "
+        "opens those of large uploads, and a backend does not start where it cannot.",
     )
 
     def with_absolute_paths(self, base: Path) -> Self:

@@ -185,7 +185,10 @@ class RequestBody:
         return data
 
     def _take(self, n: int) -> bytes:
-        data = self._stream.receive(min(n, (self.length or 0) - self.received))
+        length = self.length or 0
+        if not self.received:
+            self._stream.expect(length)
+        data = self._stream.receive(min(n, length - self.received))
         if not data:
             raise IncompleteBody(
                 f"the connection ended after {self.received} of {self.length} octets of the body"

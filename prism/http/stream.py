@@ -91,6 +91,14 @@ class PlainStream:
         """Never; see :meth:`Stream.must_move`."""
         return False
 
+    @property
+    def unsettled(self) -> bool:
+        """Never; see :attr:`Stream.unsettled`."""
+        return False
+
+    def expect(self, n: int) -> None:
+        """Does nothing; see :meth:`Stream.expect`."""
+
     def export_tls(self) -> bytes:
         """Empty: this connection has no TLS."""
         return b""

@@ -109,6 +109,15 @@ class Stream(Protocol):
         """
         ...
 
+    @property
+    def unsettled(self) -> bool:
+        """It is not movable now, but may be in a moment: ask again."""
+        ...
+
+    def expect(self, n: int) -> None:
+        """Says that ``n`` octets of a request's body are going to be received."""
+        ...
+
     def export_tls(self) -> bytes:
         """The TLS state that travels with the TCP state, a secret; empty without TLS."""
         ...

@@ -22,7 +22,7 @@ from __future__ import annotations
 import logging
 import socket
 import struct
-from typing import Final
+from typing import Final, NoReturn
 
 from prism._ext.tls_record import Opened, Tls, TlsError
 from prism.errors import ProtocolError
@@ -238,7 +238,7 @@ class TlsStream(SealedStream):
         self._set_lowat(self._raw - len(self._part) + 1)
         raise BlockingIOError("an incomplete record")
 
-    def _fail(self, error: TlsError) -> None:
+    def _fail(self, error: TlsError) -> NoReturn:
         """Tell the client what is wrong with its records, and give the connection up."""
         self._broken = True
         self._opened = None

@@ -18,7 +18,7 @@ from prism._ext.tls_record import Tls
 from prism.errors import ConfigError
 from prism.tls.kernel import SOL_TLS, record_message
 from prism.tls.kernel_probe import Support, probe
-from prism.tls.offload import KERNEL_FROM, KernelTlsStream, check, stream
+from prism.tls.offload import KERNEL_FROM, RECEIVE_FROM, KernelTlsStream, check, stream
 from prism.tls.stream import TlsStream
 
 EVERYTHING = Support(frozenset({"AES-128-GCM", "AES-256-GCM", "CHACHA20-POLY1305"}), "")
@@ -41,6 +41,16 @@ def test_what_the_kernel_covers(suite: int) -> None:
     tls = make(suite, True)
     assert EVERYTHING.covers(tls)
     assert not Support(frozenset(), "").covers(tls)
+
+
+@pytest.mark.parametrize("suite", ALL_SUITES, ids=hex)
+def test_what_the_kernel_receives(suite: int) -> None:
+    """A KeyUpdate would cost the connection where the kernel cannot be given the next key."""
+    tls = make(suite, True)
+    rekeying = Support(EVERYTHING.ciphers, "", rekey=True)
+    assert rekeying.receives(tls)
+    assert EVERYTHING.receives(tls) == (tls.version == 0x0303)
+    assert not Support(frozenset(), "", rekey=True).receives(tls)
 
 
 def test_short_records_are_not_the_kernels() -> None:
@@ -111,6 +121,49 @@ async def test_a_large_file_whoever_seals(tmp_path: Path, mode: str, suite: int)
 def drain(sock: socket.socket, into: bytearray) -> None:
     while piece := sock.recv(65536):
         into += piece
+
+
+async def test_a_kernel_that_cannot_open_is_not_asked_twice() -> None:
+    """An upload goes on in the process, with what was peeked at before."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = socket.create_connection(listener.getsockname())
+        sock, _ = listener.accept()
+    tls, other = pair(0xC02B)
+    receiving = stream("kernel", sock, tls)
+    assert isinstance(receiving, KernelTlsStream)
+    client.sendall(other.seal(b"head and body"))
+    assert await readable(receiving) == b"head and body"
+    receiving.consume(5)
+    receiving.expect(RECEIVE_FROM - 1)
+    assert receiving.receives
+    receiving.expect(RECEIVE_FROM)
+    assert receiving.opened_by_kernel == (not probe().why)
+    assert receiving.receives == receiving.opened_by_kernel
+    assert receiving.receive(100) == b"and body"
+    client.sendall(other.seal(b"more"))
+    assert await readable(receiving) == b"more"
+    assert receiving.movable
+    receiving.close()
+    client.close()
+
+
+async def readable(stream: TlsStream) -> bytes:
+    async with asyncio.timeout(5):
+        while True:
+            try:
+                return stream.peek()
+            except BlockingIOError:
+                await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize("mode", ["auto", "user"])
+async def test_only_who_must_receive_does(mode: str) -> None:
+    left, right = socket.socketpair()
+    with left, right:
+        receiving = stream(mode, left, make(0xC02B, True))  # type: ignore[arg-type]
+        assert not getattr(receiving, "receives", False)
+        receiving.expect(1 << 40)
+        assert not getattr(receiving, "opened_by_kernel", False)
 
 
 async def test_which_class_a_mode_gives() -> None:

@@ -608,3 +608,63 @@ def test_nothing_leaks() -> None:
     turn(50_000)
     gc.collect()
     assert resident() - before < 2 << 20
+
+
+def opened_by_kernel(tls: Tls, records: int) -> None:
+    """What a kernel does: it counts records."""
+    info, number = tls.crypto_info(RX), (tls.read_seq + records).to_bytes(8, "big")
+    if tls.version == 0x0303 and tls.suite not in (0xCCA8, 0xCCA9):
+        info = info[:4] + number + info[12:]  # the explicit nonce counts, too
+    tls.sync(RX, info[:-8] + number)
+
+
+@pytest.mark.parametrize("suite", SUITES_1_3, ids=hex)
+def test_a_key_update_that_the_kernel_has_opened(suite: int) -> None:
+    server, client = pair(suite)
+    client.seal(b"x")
+    client.key_update(True)
+    opened_by_kernel(server, 2)
+    server.note(22, bytes((24, 0, 0)))
+    assert server.in_message
+    assert not server.owes
+    opened_by_kernel(server, 1)
+    server.note(22, bytes((1, 1)))
+    assert not server.in_message
+    assert server.owes
+    assert server.read_seq == 0
+    assert server.open(client.seal(b"behind")).data == b"behind"
+    assert client.open(server.seal(b"")).error is None
+
+
+@pytest.mark.parametrize("suite", ALL_SUITES, ids=hex)
+def test_an_alert_that_the_kernel_has_opened(suite: int) -> None:
+    server, _ = pair(suite)
+    opened_by_kernel(server, 1)
+    server.note(21, b"\x01\x00")
+    assert server.read_closed
+    assert not server.write_closed
+
+
+def test_what_the_kernel_has_opened_and_may_not_be() -> None:
+    server, _ = pair(0x1301)
+    with pytest.raises(TlsError) as caught:
+        server.note(20, b"\x01")
+    assert caught.value.alert == 10
+    with pytest.raises(TlsError) as caught:
+        server.note(22, bytes((1, 0, 0, 1, 0)))  # a ClientHello
+    assert caught.value.alert == 10
+    server.wipe()
+    with pytest.raises(ValueError, match="wiped"):
+        server.note(21, b"\x01\x00")
+
+
+def test_many_messages_are_too_many_unless_there_is_data() -> None:
+    server, _ = pair(0xC02B)
+    for _ in range(40):
+        opened_by_kernel(server, 2)
+        server.note(21, bytes((1, 90)))  # user_canceled: says nothing
+    with pytest.raises(TlsError) as caught:
+        for _ in range(33):
+            opened_by_kernel(server, 1)
+            server.note(21, bytes((1, 90)))
+    assert caught.value.alert == 10

@@ -5,52 +5,40 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import socket
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tcp_bed import ADDRESSES, Bed, bed, connect, listen
-from tls_pairs import pair
+from kernel_tls_bed import (
+    PATIENCE,
+    SUITES,
+    Client,
+    Hosts,
+    Server,
+    heard,
+    hosts_for_all,
+    move,
+    open_pair,
+    wait_movable,
+)
 
 from prism._ext import tcp_repair
-from prism._ext.tls_record import RX, TX, Tls
+from prism._ext.tls_record import RX, TX
 from prism.doctor import CHECKS, examine
-from prism.flow import Flow
-from prism.lab.netns import Namespace
 from prism.tls.kernel import SOL_TLS, TCP_ULP, TLS_TX
 from prism.tls.kernel_probe import probe
 from prism.tls.offload import KERNEL_FROM, KernelTlsStream, check
 from prism.tls.stream import TlsBroken, TlsStream
 
-SUITES = [0x1301, 0x1302, 0x1303, 0xC02B, 0xC030, 0xCCA8]
 PIECE = 256 * 1024
 MOVES = 3
 TLS_RX = 2
-PATIENCE = 60.0
 
 
 @pytest.fixture(scope="module")
-def hosts(_guest: None) -> Iterator[Bed]:
-    """Made once: that takes long here, and each connection has a port of its own."""
-    namespaces: list[Namespace] = []
-
-    def make(role: str) -> Namespace:
-        namespaces.append(Namespace.create(f"ktls-{role}"))
-        return namespaces[-1]
-
-    try:
-        with bed(make) as made:
-            yield made
-    finally:
-        for namespace in namespaces:
-            namespace.remove()
-
-
-@pytest.fixture
-def lab(hosts: Bed) -> Bed:
-    hosts.point_at(0)
-    return hosts
+def lab() -> Iterator[Hosts]:
+    with hosts_for_all() as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
@@ -58,113 +46,6 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("kernel-tls") / "file"
     path.write_bytes(hashlib.shake_128(b"file").digest((MOVES + 1) * PIECE))
     return path
-
-
-class Client:
-    """The other side: the record layer in the process, one thread for each direction."""
-
-    def __init__(self, sock: socket.socket, tls: Tls) -> None:
-        self.sock = sock
-        self.tls = tls
-        self.heard = bytearray()
-        self.alert: int | None = None
-        self.failure: BaseException | None = None
-        self._threads: list[threading.Thread] = []
-        sock.settimeout(PATIENCE)
-
-    def start(self, upload: bytes = b"") -> None:
-        for target in (self._listen, lambda: self._talk(upload)):
-            self._threads.append(threading.Thread(target=target, daemon=True))
-            self._threads[-1].start()
-
-    def _talk(self, upload: bytes) -> None:
-        for at in range(0, len(upload), 8192):
-            self.sock.sendall(self.tls.seal(upload[at : at + 8192]))
-
-    def _listen(self) -> None:
-        raw = b""
-        try:
-            while piece := self.sock.recv(65536):
-                opened = self.tls.open(raw + piece)
-                assert opened.error is None, opened.error
-                raw = (raw + piece)[opened.consumed :]
-                self.heard += opened.data
-                self.alert = opened.alert if opened.closed else self.alert
-            assert raw == b""
-        except BaseException as error:
-            self.failure = error
-
-    def finish(self) -> None:
-        for thread in self._threads:
-            thread.join(PATIENCE)
-            assert not thread.is_alive()
-        if self.failure is not None:
-            raise self.failure
-        self.sock.close()
-
-
-def open_pair(lab: Bed, suite: int, rcvbuf: int = 65536) -> tuple[Client, KernelTlsStream]:
-    """A client, and the stream at the first server."""
-    with listen(lab.servers[0], ADDRESSES[4]) as listener:
-        sock = connect(lab.client, ADDRESSES[4], rcvbuf=rcvbuf)
-        server, _ = listener.accept()
-    tls, other = pair(suite)
-    return Client(sock, other), KernelTlsStream(server, tls, Flow.of_socket(server))
-
-
-async def move(
-    lab: Bed, stream: KernelTlsStream, to: int, last: bytes = b""
-) -> tuple[KernelTlsStream, dict[str, object]]:
-    """What a handoff does, all of it; the stream there, and what was carried.
-
-    ``last`` is sent when the client's acknowledgements do not come through any more.
-    """
-    port = stream.sock.getsockname()[1]
-    await asyncio.to_thread(lab.lock)  # pyroute2 has an event loop of its own
-    if last:
-        assert stream.send(last) == len(last)
-    assert stream.movable
-    state = tcp_repair.export_state(stream.fileno())
-    secrets, pending, flow = stream.export_tls(), stream.pending, stream.flow
-    imported = lab.servers[to].run_inside(
-        lambda: tcp_repair.import_state(state, ADDRESSES[4], port, alternatives=0)
-    )
-    tcp_repair.close_quietly(stream.release())
-    await asyncio.to_thread(lab.point_at, to)
-    sock = socket.socket(fileno=lab.servers[to].run_inside(imported.activate))
-    tls, skip, facts = TlsStream.parse_tls(secrets)
-    there = KernelTlsStream(sock, tls, flow, pending, skip=skip, facts=facts)
-    return there, tcp_repair.describe(state)
-
-
-class Server:
-    """Sends a file and receives an upload at the same time."""
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-        self.sent = 0
-        self.got = bytearray()
-
-    async def run(self, stream: TlsStream, sent: int, got: int) -> None:
-        """Until this many octets have gone each way, and all is in the socket's queue."""
-        async with asyncio.timeout(PATIENCE):
-            while self.sent < sent or len(self.got) < got or not stream.movable:
-                if self.sent < sent:
-                    self.send(stream, sent - self.sent)
-                self.receive(stream)
-                await asyncio.sleep(0.002)
-
-    def send(self, stream: TlsStream, n: int) -> None:
-        try:
-            self.sent += stream.send_file(self.fd, self.sent, n)
-        except BlockingIOError:
-            pass
-
-    def receive(self, stream: TlsStream) -> None:
-        try:
-            self.got += stream.receive(65536)
-        except BlockingIOError:
-            pass
 
 
 def kernel_seq(stream: TlsStream) -> int:
@@ -183,7 +64,7 @@ def test_the_kernel_can(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("suite", SUITES, ids=hex)
-async def test_moving_while_data_flows_both_ways(lab: Bed, file: Path, suite: int) -> None:
+async def test_moving_while_data_flows_both_ways(lab: Hosts, file: Path, suite: int) -> None:
     client, stream = open_pair(lab, suite)
     content, wanted = file.read_bytes(), b""
     client.start(content[::-1])
@@ -210,7 +91,7 @@ async def test_moving_while_data_flows_both_ways(lab: Bed, file: Path, suite: in
                 last = b"%d" % turn * 8_000
                 wanted += last
                 records = stream.tls.write_seq + 1
-                stream, told = await move(lab, stream, (turn + 1) % 2, last)
+                stream, told = move(lab, stream, (turn + 1) % 3, last)
                 assert stream.tls.write_seq == records
                 for queue in carried:
                     carried[queue] += int(str(told[queue]))
@@ -226,7 +107,9 @@ async def test_moving_while_data_flows_both_ways(lab: Bed, file: Path, suite: in
     assert carried["receive_queue"] > 0, carried
 
 
-async def in_kernel(lab: Bed, file: Path, rcvbuf: int = 1 << 18) -> tuple[Client, KernelTlsStream]:
+async def in_kernel(
+    lab: Hosts, file: Path, rcvbuf: int = 1 << 18
+) -> tuple[Client, KernelTlsStream]:
     """A stream that has gone over to the kernel."""
     client, stream = open_pair(lab, 0x1301, rcvbuf)
     with file.open("rb") as source:
@@ -235,16 +118,16 @@ async def in_kernel(lab: Bed, file: Path, rcvbuf: int = 1 << 18) -> tuple[Client
     return client, stream
 
 
-async def test_what_the_kernel_keeps_back_keeps_the_connection(lab: Bed, file: Path) -> None:
-    # A small window makes for small segments; mostly one of them is the first that does not fit.
+async def test_what_the_kernel_keeps_back_keeps_the_connection(lab: Hosts, file: Path) -> None:
+    """Where the queue is full in the middle of a record, which is not so for each window."""
     held = False
-    for _ in range(10):
-        client, stream = open_pair(lab, 0x1301, rcvbuf=8192)
+    for window in (8192, 6000, 10_000, 5000, 12_000, 7000):
+        client, stream = open_pair(lab, 0x1301, rcvbuf=window)
         with file.open("rb") as source:
             sent = stream.send_file(source.fileno(), 0, KERNEL_FROM)
-        with file.open("rb") as source, pytest.raises(BlockingIOError):
-            while True:  # nobody reads
-                sent += stream.send_file(source.fileno(), 0, PIECE)
+            with pytest.raises(BlockingIOError):
+                while True:  # nobody reads
+                    sent += stream.send_file(source.fileno(), 0, PIECE)
         held = not stream.movable
         client.start()
         await wait_movable(stream)
@@ -256,12 +139,10 @@ async def test_what_the_kernel_keeps_back_keeps_the_connection(lab: Bed, file: P
     assert held
 
 
-async def test_a_full_queue_is_sent_on(lab: Bed, file: Path) -> None:
+async def test_a_full_queue_is_sent_on(lab: Hosts, file: Path) -> None:
     """A sender that waits until it can write need not wait for ever."""
     client, stream = open_pair(lab, 0x1301)
-    client.start()
-    size = file.stat().st_size
-    waits = 0
+    size, full = file.stat().st_size, False
     with file.open("rb") as source:
         for _ in range(4):
             sent = 0
@@ -269,15 +150,17 @@ async def test_a_full_queue_is_sent_on(lab: Bed, file: Path) -> None:
                 try:
                     sent += stream.send_file(source.fileno(), sent, size - sent)
                 except BlockingIOError:
-                    waits += 1
+                    if not full:
+                        client.start()  # not before: it might read as fast as we send
+                    full = True
                     await stream.writable(10)
-    assert waits
+    assert full
     stream.close()
     client.finish()
     assert bytes(client.heard) == 4 * file.read_bytes()
 
 
-async def test_an_open_record_keeps_the_connection(lab: Bed, file: Path) -> None:
+async def test_an_open_record_keeps_the_connection(lab: Hosts, file: Path) -> None:
     client, stream = await in_kernel(lab, file)
     await wait_movable(stream)
     assert stream.send(b"open", more=True) == 4
@@ -290,13 +173,7 @@ async def test_an_open_record_keeps_the_connection(lab: Bed, file: Path) -> None
     assert bytes(client.heard[-13:]) == b"open and shut"
 
 
-async def wait_movable(stream: KernelTlsStream) -> None:
-    async with asyncio.timeout(PATIENCE):
-        while not stream.movable:
-            await asyncio.sleep(0.01)
-
-
-async def test_a_frozen_connection_goes_on_in_the_kernel(lab: Bed, file: Path) -> None:
+async def test_a_frozen_connection_goes_on_in_the_kernel(lab: Hosts, file: Path) -> None:
     """As after a handoff that was taken back."""
     client, stream = await in_kernel(lab, file)
     client.start()
@@ -313,18 +190,18 @@ async def test_a_frozen_connection_goes_on_in_the_kernel(lab: Bed, file: Path) -
     assert client.alert == 0
 
 
-async def test_a_key_update_has_it_move(lab: Bed, file: Path) -> None:
+async def test_a_key_update_has_it_move(lab: Hosts, file: Path) -> None:
     client, stream = await in_kernel(lab, file)
     client.start(b"GET")
     assert await heard(stream, 3) == b"GET"
     assert not stream.must_move(False)
-    assert stream.must_move(True)  # there may be one in a body
+    assert stream.must_move(True) == (not probe().rekey)  # there may be one in a body
     stream.consume(3)
     client.sock.sendall(client.tls.key_update(True))
     client.sock.sendall(client.tls.seal(b"GET"))
     assert await heard(stream, 3) == b"GET"
-    assert stream.must_move(False)
-    stream, _ = await move(lab, stream, 1)
+    assert stream.must_move(False) == (not probe().rekey)
+    stream, _ = move(lab, stream, 1)
     assert not stream.must_move(False)
     assert await heard(stream, 3) == b"GET"
     stream.consume(3)
@@ -338,38 +215,30 @@ async def test_a_key_update_has_it_move(lab: Bed, file: Path) -> None:
     assert client.alert == 0
 
 
-async def test_a_key_update_between_requests(lab: Bed, file: Path) -> None:
+async def test_a_key_update_between_requests(lab: Hosts, file: Path) -> None:
     client, stream = await in_kernel(lab, file)
-    client.start()
+    client.start(b"GET")
+    assert await heard(stream, 3) == b"GET"
+    stream.consume(3)
     client.sock.sendall(client.tls.key_update(True))
     async with asyncio.timeout(PATIENCE):
-        while not stream.tls.owes:
+        while stream.tls.read_seq:  # the next key's numbers begin at 0
             with pytest.raises(BlockingIOError):
                 stream.peek()
             await asyncio.sleep(0.01)
-    assert stream.must_move(False)
-    with pytest.raises(TlsBroken):
-        stream.send(b"not before it is answered")
+    assert stream.must_move(False) == stream.tls.owes == (not probe().rekey)
+    if stream.tls.owes:
+        with pytest.raises(TlsBroken):
+            stream.send(b"not before it is answered")
     await wait_movable(stream)
-    stream, _ = await move(lab, stream, 1)
+    stream, _ = move(lab, stream, 1)
     assert stream.send(b"now") == 3
     stream.close()
     client.finish()
     assert bytes(client.heard[-3:]) == b"now"
 
 
-async def heard(stream: TlsStream, n: int) -> bytes:
-    async with asyncio.timeout(PATIENCE):
-        while True:
-            try:
-                if len(data := stream.peek()) >= n:
-                    return data
-            except BlockingIOError:
-                pass
-            await asyncio.sleep(0.01)
-
-
-async def test_a_broken_record_is_told_by_the_kernel(lab: Bed, file: Path) -> None:
+async def test_a_broken_record_is_told_by_the_kernel(lab: Hosts, file: Path) -> None:
     client, stream = await in_kernel(lab, file)
     client.start()
     client.sock.sendall(b"\x17\x03\x03\x00\x20" + bytes(32))
@@ -381,7 +250,7 @@ async def test_a_broken_record_is_told_by_the_kernel(lab: Bed, file: Path) -> No
     stream.close()
 
 
-async def test_a_half_closed_connection_stays_in_the_process(lab: Bed, file: Path) -> None:
+async def test_a_half_closed_connection_stays_in_the_process(lab: Hosts, file: Path) -> None:
     """The kernel takes no connection whose client has finished sending."""
     client, stream = open_pair(lab, 0x1301)
     client.sock.shutdown(socket.SHUT_WR)
@@ -399,7 +268,7 @@ async def test_a_half_closed_connection_stays_in_the_process(lab: Bed, file: Pat
     assert bytes(client.heard) == file.read_bytes()[:PIECE]
 
 
-async def test_what_the_kernel_has_not_given_cannot_be_carried(lab: Bed) -> None:
+async def test_what_the_kernel_has_not_given_cannot_be_carried(lab: Hosts) -> None:
     client, stream = open_pair(lab, 0x1301)
     stream.sock.setsockopt(socket.IPPROTO_TCP, TCP_ULP, b"tls")
     tcp_repair.export_state(stream.fileno())  # the layer alone is in nobody's way

@@ -147,15 +147,18 @@ static size_t seal_record(struct prism_tls *tls, uint8_t type, const uint8_t *in
 	EVP_CIPHER_CTX *ctx;
 	size_t inner = len + (is_1_3(tls) ? 1 + padding : 0);
 	uint8_t *body = out + PRISM_TLS_HEADER + tls->suite->explicit_len;
-	int written;
+	int written, apart;
 
 	if (begin_record(tls, type, len, inner, out))
 		goto failed;
 	ctx = tls->write.ctx;
+	apart = is_1_3(tls) && in != body;
+	if (is_1_3(tls) && !apart) /* in place there is room for the type: one call less */
+		body[len++] = type;
 	if (len && EVP_EncryptUpdate(ctx, body, &written, in, (int)len) != 1)
 		goto failed;
 	body += len;
-	if (is_1_3(tls)) {
+	if (apart) {
 		if (EVP_EncryptUpdate(ctx, body, &written, &type, 1) != 1)
 			goto failed;
 		body++;
@@ -244,8 +247,7 @@ static size_t read_all(int fd, uint64_t offset, uint8_t *out, size_t len, int *e
 int prism_tls_seal_file(struct prism_tls *tls, struct prism_tls_job *job, int fd, uint64_t offset,
 			size_t *len, uint8_t *out)
 {
-	uint8_t plain[PRISM_TLS_FRAGMENT]; /* stays in the processor's cache */
-	size_t left = *len;
+	size_t left = *len, before = PRISM_TLS_HEADER + tls->suite->explicit_len;
 	int due = seal_due(tls, job, out), error = 0;
 
 	*len = 0;
@@ -255,6 +257,7 @@ int prism_tls_seal_file(struct prism_tls *tls, struct prism_tls_job *job, int fd
 	while (left) {
 		size_t take = left < tls->max_fragment ? left : tls->max_fragment;
 		uint8_t *record = out + job->size;
+		uint8_t *plain = record + before; /* sealed where it is read to */
 		size_t got = read_all(fd, offset + *len, plain, take, &error), size;
 
 		if (!got)
