@@ -317,7 +317,9 @@ class Connection:
             await exchange.finish()
         if not exchange.keep_alive:
             self.dispatcher.answered(self, exchange)
-            if exchange.body.complete and not has_unread(self.stream):
+            # A TLS client answers our close_notify with its own: a closed socket would reset it.
+            done = exchange.body.complete and not self.stream.secure
+            if done and not has_unread(self.stream):
                 self.close()
             else:
                 await linger_close(self.stream, LINGER_SECONDS, LINGER_OCTETS)
@@ -376,5 +378,7 @@ class Connection:
         """Close a connection that is :meth:`overdue`: 408 where a head has begun."""
         if self.asked_ns:
             self._refuse(HttpError(408, "the request head did not come in time"))
+        elif self.stream.secure:
+            self.decline()  # its client has a close_notify to say
         else:
             self.close()

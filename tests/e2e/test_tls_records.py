@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from e2e_bed import Bed, wait_for
+from e2e_capture import capturing
 from e2e_http import Cut, digest, payload
 from e2e_tls import SUITES, TLS1_2, TLS1_3, TlsConn, tls_bed, tls_client
 from openssl_peer import KEY_UPDATE_NOT_REQUESTED, KEY_UPDATE_REQUESTED
@@ -120,6 +121,25 @@ def test_close_notify_before_the_answer(shared: Bed, version: int) -> None:
             assert conn.at_end()
             assert not conn.sock.truncated
     shared.assert_clean(before, closed_by_backend=turns)
+
+
+@pytest.mark.parametrize("version", [TLS1_3, TLS1_2])
+def test_close_notify_after_the_end(shared: Bed, version: int) -> None:
+    """A client that answers our close_notify with its own is not reset for it."""
+    path = shared.key("be1", "last")
+    shared.store(path, 3000)
+    before = shared.snapshot()
+    with capturing(shared.client.namespace) as capture, tls_client(shared, version).open() as conn:
+        answer = conn.request("GET", path, headers=[("Connection", "close")])
+        assert answer.status == 200
+        assert conn.at_end()
+        assert not conn.sock.truncated
+        time.sleep(0.05)  # it has closed by now, if it does not wait
+        conn.sock.raw.sendall(conn.peer.shutdown())
+        conn.sock.raw.close()
+        shared.assert_clean(before, closed_by_backend=1)
+    (talk,) = (talk for (_, port), talk in capture.talks().items() if port == conn.local[1])
+    assert (talk.out.rsts, talk.back.rsts) == (0, 0)
 
 
 @pytest.mark.parametrize("chunked", [0, 5000])

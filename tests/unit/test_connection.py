@@ -8,12 +8,15 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from tls_pairs import pair
 
+from prism._ext.tls_record import Tls
 from prism.flow import Endpoint
 from prism.http.connection import Connection, State
 from prism.http.exchange import Exchange
 from prism.http.head import HttpError, Limits, RequestHead
 from prism.http.stream import PlainStream
+from prism.tls.stream import TlsStream
 
 
 class Echo:
@@ -72,13 +75,13 @@ class Keeper:
 class Bed:
     """A client's socket and the connection at its other end."""
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: Any, tls: Tls | None = None) -> None:
         self.keeper = Keeper(app)
         with socket.create_server(("127.0.0.1", 0)) as listener:
             self.client = socket.create_connection(listener.getsockname())
             sock, _ = listener.accept()
         self.client.setblocking(False)
-        stream = PlainStream(sock)
+        stream = TlsStream(sock, tls) if tls else PlainStream(sock)
         local = Endpoint.from_sockaddr(sock.getsockname())
         self.connection = Connection(
             stream, stream.flow, stream.flow.pack(), self.keeper, local=local
@@ -104,8 +107,8 @@ class Bed:
 async def make_bed() -> AsyncIterator[Any]:
     beds: list[Bed] = []
 
-    def make(app: Any = None) -> Bed:
-        beds.append(Bed(app or Echo()))
+    def make(app: Any = None, tls: Tls | None = None) -> Bed:
+        beds.append(Bed(app or Echo(), tls))
         return beds[-1]
 
     yield make
@@ -248,3 +251,17 @@ async def test_a_slow_head_is_answered_with_408(make_bed: Any) -> None:
     bed.connection.expire()
     bed.client.shutdown(socket.SHUT_WR)
     assert (await bed.receive()).startswith(b"HTTP/1.1 408 ")
+
+
+async def test_a_client_of_an_idle_tls_connection_is_not_reset(make_bed: Any) -> None:
+    """It answers our close_notify with its own, to a socket that waits for it."""
+    tls, theirs = pair(0x1301)
+    bed = make_bed(tls=tls)
+    bed.connection.expire()
+    assert theirs.open(await bed.receive()).closed
+    assert bed.keeper.ended == []
+    await bed.send(theirs.close_notify())
+    async with asyncio.timeout(5):
+        while not bed.keeper.ended:
+            await asyncio.sleep(0.01)
+    assert bed.client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
