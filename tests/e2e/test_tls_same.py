@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import test_bodies
+import test_memory
 from e2e_bed import Bed
 from e2e_tls import tls_bed
 from test_basic import (  # noqa: F401 - they run here with this module's fixtures
@@ -26,13 +27,24 @@ from test_bodies import (  # noqa: F401
     test_one_octet_at_a_time,
     test_pipelined_requests_for_different_owners,
     test_slow_readers,
+    test_upload_of_256_mebibytes,
     test_uploads,
 )
-from test_crash import pool, test_frontend_dies  # noqa: F401
+from test_broken_http import (  # noqa: F401
+    test_broken_request_on_a_connection_that_moved,
+    test_broken_requests,
+)
+from test_crash import (  # noqa: F401
+    pool,
+    test_agent_dies,
+    test_backend_dies,
+    test_frontend_dies,
+)
 from test_fallback import (  # noqa: F401
     test_backend_that_never_answers,
     test_handoffs_forbidden,
     test_rule_table_full,
+    test_switch_that_does_not_answer,
 )
 
 
@@ -51,3 +63,10 @@ def make_bed() -> Iterator[Callable[..., Bed]]:
             return stack.enter_context(tls_bed(**options))
 
         yield make
+
+
+def test_idle_connections(make_bed: Callable[..., Bed], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As without TLS; fewer of them, since each has a handshake to make."""
+    monkeypatch.setattr(test_memory, "COUNT", 400)
+    monkeypatch.setattr(test_memory, "WARM", 100)
+    test_memory.test_idle_connections(make_bed)
