@@ -6,10 +6,9 @@ import asyncio
 import logging
 import socket
 from time import monotonic_ns
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prism.apps.hosted import Hosted, hosted
-from prism.apps.listing import Listing
 from prism.apps.objectstore import ObjectStore
 from prism.apps.refusal import Refusal
 from prism.config import BackendConfig, Config
@@ -35,6 +34,9 @@ from prism.switch.control import Message, Op, Status
 from prism.telemetry.logging import event
 from prism.tls.offload import Mode
 from prism.tls.offload import check as check_offload
+
+if TYPE_CHECKING:
+    from prism.apps.replicated import ReplicatedStore
 
 __all__ = ["Backend", "run"]
 
@@ -99,11 +101,24 @@ class Backend(Node):
         self._mirror = Mirror(self)
         self.monitor = monitor_for(config.backend)
         self.hosted: Hosted | None = hosted(self.backend, app)
+        self.replicated: ReplicatedStore | None = None
         self.store = self._open_store() if self.hosted is None else None
-        self.listing = Listing(self.peers.placement.nodes)
+        self.listing = self.whole_listing()
         self._listener: Listener | None = None
 
     def _open_store(self) -> ObjectStore:
+        if self.replicas is not None:
+            from prism.apps.replicated import ReplicatedStore  # noqa: PLC0415
+
+            self.replicated = ReplicatedStore(
+                self.config,
+                self.backend,
+                self.replicas,
+                identity=self.identity,
+                relay=self.relay,
+                load=lambda: len(self.connections),
+            )
+            return self.replicated
         return ObjectStore(self.backend.store, max_size=self.backend.max_object_size)
 
     async def start(self) -> None:
@@ -121,6 +136,8 @@ class Backend(Node):
             await self.hosted.start()
         await self.monitor.start()
         await super().start()
+        if self.replicated is not None:
+            await self.replicated.start()
         endpoint = Endpoint(self.backend.address, self.backend.relay_port)
         self._listener = Listener(endpoint, self.backend.backlog, self._accepted)
 
@@ -128,12 +145,16 @@ class Backend(Node):
         """Let open requests end; long-lived ones are told to."""
         if self.hosted is not None:
             self.hosted.stop()
+        if self.replicated is not None:
+            await self.replicated.leave(self.config.cluster.lease)
         await super().drain()
 
     async def close(self) -> None:
         """Close everything at once."""
         if self._listener is not None:
             self._listener.close()
+        if self.replicated is not None:
+            await self.replicated.stop()
         await super().close()
         await self.monitor.close()
         if self.hosted is not None:
@@ -143,7 +164,9 @@ class Backend(Node):
 
     def status(self) -> dict[str, Any]:
         """The status document."""
-        own = {"rules_owned": len(self.rules), "taking": len(self.taking)}
+        own: dict[str, Any] = {"rules_owned": len(self.rules), "taking": len(self.taking)}
+        if self.replicated is not None:
+            own["replication"] = self.replicated.status()
         return super().status() | own | {"monitor": self.monitor.name}
 
     def use(self, serving: Any) -> None:

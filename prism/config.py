@@ -21,6 +21,7 @@ from prism.config_nodes import BackendConfig, FrontendConfig, NodeConfig
 from prism.config_placement import PlacementConfig
 from prism.config_policy import PolicyConfig
 from prism.config_pools import PoolConfig
+from prism.config_replication import replication_problems
 from prism.config_switch import SwitchConfig
 from prism.config_telemetry import TelemetryConfig
 from prism.config_tls import TlsConfig
@@ -166,7 +167,7 @@ def serving(config: Config, app: str | None, upstream: str | None) -> Config:
     return config.model_copy(update={"backend": backend, "cluster": cluster})
 
 
-_PLACE = ("address", "address6", "handoff_port", "relay_port", "workers")
+_PLACE = ("address", "address6", "handoff_port", "relay_port", "workers", "replication_port")
 
 
 def _place_backend(data: dict[str, Any]) -> None:
@@ -189,6 +190,7 @@ def _inconsistencies(config: Config) -> Iterator[tuple[tuple[str | int, ...], st
         names.add(node.name)
     yield from _pool_problems(config, names)
     yield from _policy_problems(config)
+    yield from replication_problems(config)
     if config.frontend is not None:
         if not config.listen:
             yield ("frontend", "listen"), "no address to listen on; give some, or cluster.services"

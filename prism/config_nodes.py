@@ -57,7 +57,17 @@ class _Identity(Section):
         return self
 
 
-class NodeConfig(_Identity):
+class _Replica(_Identity):
+    """What a backend's place is in addition."""
+
+    replication_port: Port = Field(
+        4600,
+        description="Port on which backends replicate, with the placement `replicated` (TCP, "
+        "mutual TLS; frontends connect to it, too).",
+    )
+
+
+class NodeConfig(_Replica):
     """One `[[nodes]]` entry for each backend."""
 
     weight: float = Field(1.0, gt=0, le=1000, description="Its share of the keys, relatively.")
@@ -144,7 +154,7 @@ class FrontendConfig(_Serving):
     )
 
 
-class BackendConfig(AppKeys, _Serving):
+class BackendConfig(AppKeys, _Serving, _Replica):
     """A node that takes connections over. Its place is read from its `[[nodes]]` entry."""
 
     takeover_port: Port = Field(

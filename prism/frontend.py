@@ -11,7 +11,6 @@ import logging
 import socket
 from typing import Any
 
-from prism.apps.listing import Listing
 from prism.apps.refusal import Refusal
 from prism.config import Config, FrontendConfig
 from prism.errors import ConfigError
@@ -69,7 +68,7 @@ class Frontend(Node):
             raise ConfigError("nothing to listen on: set cluster.services or frontend.listen")
         super().__init__(config, config.frontend, worker, route)
         self.frontend: FrontendConfig = config.frontend
-        self.listing = Listing(self.peers.placement.nodes)
+        self.listing = self.whole_listing()
         self._listeners: list[Listener] = []
         self._contexts = contexts
         self._tls: TlsServer | None = None

@@ -18,6 +18,8 @@ from prism._version import __version__
 from prism.apps.listing import Listing
 from prism.apps.refusal import Refusal
 from prism.apps.relay import Relay
+from prism.apps.replicalisting import ReplicaListing
+from prism.apps.replicarelay import ReplicaRelay
 from prism.config import BackendConfig, Config, FrontendConfig
 from prism.embedding import Embedded
 from prism.errors import ConfigError, PrismError
@@ -30,11 +32,12 @@ from prism.http.exchange import App, Exchange
 from prism.http.head import HttpError, Limits, RequestHead
 from prism.peers import Peers
 from prism.placement import Node as Place
-from prism.placement import NoNode
+from prism.placement import NoNode, Replicated
 from prism.policy.decision import AUTO, Decision
 from prism.policy.engine import Policy, Route
 from prism.reconcile import Reconciler
 from prism.reload import reload_node
+from prism.replicas import Replicas
 from prism.switch.client import SwitchClient
 from prism.telemetry.logging import event, tracing
 from prism.telemetry.metrics import Metrics
@@ -63,7 +66,7 @@ class Node(Embedded):
 
     role = "node"
     keeps_rules = False
-    listing: Listing
+    listing: Listing | ReplicaListing
 
     def __init__(
         self,
@@ -97,6 +100,11 @@ class Node(Embedded):
         identity = Identity(serving.name, config.identity_files(serving))
         self.channel = Channel(self.name, cluster.channel_key(), self.on_offer, identity)
         self.peers = Peers(config, self.channel, serving.name)
+        self.identity = identity
+        placement = self.peers.placement
+        self.replicas: Replicas | None = None
+        if isinstance(placement, Replicated):
+            self.replicas = Replicas(config, placement, identity, serving.name)
         self.route = route
         self.policy = Policy(config.policy, route)
         self.weigher = Weigher(serving, self.channel, self.metrics)
@@ -125,8 +133,15 @@ class Node(Embedded):
         await self.switch.start()
         await self.channel.listen(self.serving.handoff_endpoint(self.worker))
         self.peers.connect()
+        if self.replicas is not None:
+            self.replicas.start()
         self.reconciler.start()
         self._sweeper = asyncio.get_running_loop().create_task(self._sweep())
+
+    def whole_listing(self) -> Listing | ReplicaListing:
+        """What lists the objects of all backends."""
+        nodes = self.peers.placement.nodes
+        return Listing(nodes) if self.replicas is None else ReplicaListing(self.replicas, nodes)
 
     async def publish(self) -> None:
         """Answer on the status socket: the sign that the node is ready.
@@ -164,6 +179,8 @@ class Node(Embedded):
         self.weigher.close()
         await self.reconciler.close()
         self.relay.close()
+        if self.replicas is not None:
+            await self.replicas.close()
         await self.channel.close()
         await self.switch.close()
         await self._status.close()
@@ -202,7 +219,7 @@ class Node(Embedded):
         """The status document."""
         self.metrics.connections = len(self.connections)
         self.metrics.handoffs_pending = len(self.moving)
-        return {
+        document = {
             "name": self.name,
             "role": self.role,
             "pid": os.getpid(),
@@ -215,6 +232,7 @@ class Node(Embedded):
             "adaptive": self.weigher.status(),
             "relaying": self.relay.status(),
         }
+        return document if self.replicas is None else document | self.replicas.status()
 
     # -- requests --------------------------------------------------------------------------
 
@@ -277,6 +295,8 @@ class Node(Embedded):
             if node is None:
                 raise NoNode(f"node {name} is not in the pool of this request")
             return node
+        if self.replicas is not None:
+            return self.replicas.place(head)
         return pool.placement.choose(head.key.decode("utf-8", "surrogateescape"))
 
     def local_app(self, connection: Connection, head: RequestHead) -> App | None:
@@ -313,7 +333,10 @@ class Node(Embedded):
         if place is None:
             raise RuntimeError("a request was kept before it was placed")
         self.metrics.relays.add(why)
-        self.serve(connection, self.relay.to(place.relay_endpoint))
+        if self.replicas is not None:
+            self.serve(connection, ReplicaRelay(self.replicas, self.relay, place))
+        else:
+            self.serve(connection, self.relay.to(place.relay_endpoint))
 
     def serve(self, connection: Connection, app: App) -> None:
         """Have a request answered on this node."""

@@ -23,6 +23,7 @@ __all__ = [
     "Node",
     "Partitioned",
     "Placement",
+    "Replicated",
     "RoundRobin",
     "placement_from",
     "placement_of",
@@ -46,6 +47,7 @@ class Node:
     relay_port: int = 8080
     workers: int = 1
     weight: float = 1.0
+    replication_port: int = 4600
     worker_names: tuple[str, ...] = field(init=False, repr=False, compare=False)
     handoff_endpoints: tuple[Endpoint, ...] = field(init=False, repr=False, compare=False)
     relay_endpoint: Endpoint = field(init=False, repr=False, compare=False)
@@ -72,7 +74,13 @@ class Node:
             config.relay_port,
             config.workers,
             config.weight,
+            config.replication_port,
         )
+
+    @property
+    def replication_endpoint(self) -> Endpoint:
+        """Where it replicates."""
+        return Endpoint(self.address, self.replication_port)
 
     def worker_for(self, flow: bytes) -> int:
         """The worker that takes the connection ``flow`` (packed): the same one every time."""
@@ -218,6 +226,27 @@ class LeastConnections(_Base):
         self._open[node.name] = max(0, self._open[node.name] - 1)
 
 
+class Replicated(Partitioned):
+    """Each key on several nodes: those with the highest weighted hashes, in that order.
+
+    Without one node, only keys that it has move.
+    """
+
+    def __init__(self, nodes: Iterable[Node], replicas: int) -> None:
+        super().__init__(nodes)
+        self.replicas = min(replicas, len(self.nodes))
+
+    def order(self, key: str) -> tuple[Node, ...]:
+        """The replicas of ``key``, the preferred one first."""
+        found: list[Node] = []
+        names: set[str] = set()
+        for _ in range(self.replicas):
+            node = self.choose(key, names)
+            names.add(node.name)
+            found.append(node)
+        return tuple(found)
+
+
 _KINDS: dict[str, type[Partitioned] | type[RoundRobin] | type[LeastConnections]] = {
     "partitioned": Partitioned,
     "round-robin": RoundRobin,
@@ -240,4 +269,6 @@ def placement_of(settings: PlacementConfig, nodes: Iterable[Node]) -> Placement:
     Raises:
         ConfigError: there are no nodes.
     """
+    if settings.replicated:
+        return Replicated(nodes, settings.replicas)
     return _KINDS[settings.name](nodes)

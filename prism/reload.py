@@ -11,6 +11,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from prism.config import load
+from prism.config_replication import replication_changed
 from prism.errors import ConfigError
 from prism.http.head import Limits
 from prism.policy.engine import Policy
@@ -56,6 +57,8 @@ def reload_node(node: Node) -> list[str]:
     serving = getattr(new, node.role, None)
     if serving is None:
         raise ConfigError(f"{node.config.source}: has no [{node.role}] section any more")
+    if problem := replication_changed(node.config, new):
+        raise ConfigError(f"{node.config.source}: {problem}")
     policy, pools = Policy(new.policy, node.route), Pools(new)  # whatever may fail comes first
     changed = [name for name in _APPLIED if getattr(new, name) != getattr(node.config, name)]
     if "policy" in changed:

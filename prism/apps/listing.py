@@ -16,7 +16,7 @@ from prism.http.fetch import FetchError, fetch
 from prism.http.head import HttpError
 from prism.placement import Node
 
-__all__ = ["Listing", "merge"]
+__all__ = ["PATIENCE", "Listing", "detail_of", "keys_wanted", "merge"]
 
 PATIENCE = 10.0  # seconds for one backend's page
 DEFAULT_KEYS = 1000
@@ -39,9 +39,9 @@ class Listing:
         answers = await asyncio.gather(*(self._page(node, target) for node in self.nodes))
         for status, body in answers:
             if status != 200:  # all are asked the same, so a bad query is bad for all
-                detail = _detail(body) if status < 500 else "a backend cannot list its objects"
+                detail = detail_of(body) if status < 500 else "a backend cannot list its objects"
                 raise HttpError(status if status < 500 else 502, detail)
-        page = merge((json.loads(body) for _, body in answers), _max_keys(query))
+        page = merge((json.loads(body) for _, body in answers), keys_wanted(query))
         body = json.dumps(page).encode()
         rest = exchange.respond(200, ((b"Content-Type", b"application/json"),), body)
         if rest is not None:
@@ -54,12 +54,14 @@ class Listing:
             raise HttpError(503, f"backend {node.name} cannot be asked: {error}") from None
 
 
-def _max_keys(query: bytes) -> int:
+def keys_wanted(query: bytes) -> int:
+    """The number of keys that a query asks for; 1000 at most."""
     values = parse_qs(query.decode("latin-1")).get("max-keys", [str(DEFAULT_KEYS)])
     return min(int(values[-1]), DEFAULT_KEYS)
 
 
-def _detail(body: bytes) -> str:
+def detail_of(body: bytes) -> str:
+    """What a backend's error document says."""
     try:
         return str(json.loads(body)["detail"])
     except (ValueError, KeyError, TypeError):

@@ -1,9 +1,8 @@
 """Objects on a disk: atomic, durable, listed in key order.
 
-One object is one file: the body, then what is known about it (the *footer*), so that one rename
-makes both visible and ``sendfile`` can send the body from offset 0::
-
-    body | kept header fields | size (8) modified (8) MD5 (16) length of the fields (4) magic (8)
+One object is one file: the body, then what is known about it (the *footer*,
+:mod:`prism.apps.objectfile`), so that one rename makes both visible and ``sendfile`` can send the
+body from offset 0.
 
 Below the root there are ``objects/`` (the tree), ``tmp/`` (uploads under way, one directory per
 process, locked by it while it lives) and ``locks/`` (shared by all processes that use this root).
@@ -22,49 +21,29 @@ import hashlib
 import os
 import secrets
 import shutil
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 from prism.apps.keytree import key_path, walk
+from prism.apps.objectfile import ObjectMeta, StoreError, footer, read_meta, replicated_footer
 from prism.errors import PrismError
+from prism.replication.views import Version
 
-__all__ = ["DigestMismatch", "ObjectMeta", "Objects", "StoreError", "Upload"]
+__all__ = ["Condition", "DigestMismatch", "Objects", "Upload"]
 
 MAX_FIELDS: Final = 2048  # octets of kept header fields
 
-_FOOTER = struct.Struct("!QQ16sI8s")
-_MAGIC = b"PrismOb1"
-_TAIL = 512  # octets read at once from a file's end: footer and, nearly always, the fields
 _STRIPES = 64
 _RETRIES = 16
 
 Condition = Callable[["ObjectMeta | None"], None]
 
 
-class StoreError(PrismError):
-    """A file in the store is not a whole object."""
-
-
 class DigestMismatch(PrismError):
     """A body does not have the digest that was announced."""
-
-
-class ObjectMeta(NamedTuple):
-    """What is known about an object."""
-
-    size: int  # octets
-    modified: int  # seconds since the epoch
-    md5: bytes  # 16 octets
-    fields: tuple[tuple[bytes, bytes], ...]  # header fields kept with it
-
-    @property
-    def etag(self) -> bytes:
-        """A strong entity tag (RFC 9110, section 8.8.3): the body's MD5, as S3 does."""
-        return b'"%s"' % self.md5.hex().encode()
 
 
 class Objects:
@@ -84,7 +63,7 @@ class Objects:
         self._serial = 0
         for name in ("objects", "tmp", "locks"):
             (root / name).mkdir(parents=True, exist_ok=True)
-        self._sync_directory(os.fsencode(root))
+        self.sync_directory(os.fsencode(root))
         self._locks = [threading.Lock() for _ in range(_STRIPES)]
         self._lock_files = [-1] * _STRIPES
         self._temporary, self._temporary_lock = self._own_temporary()
@@ -136,12 +115,20 @@ class Objects:
             StoreError: the file is damaged.
             ValueError: see :func:`key_path`.
         """
+        opened = self.open_file(key)
+        if opened is not None and opened[1].deleted:
+            os.close(opened[0])
+            return None
+        return opened
+
+    def open_file(self, key: bytes) -> tuple[int, ObjectMeta] | None:
+        """As :meth:`open`, also for what stands in the place of a deleted object."""
         try:
             fd = os.open(self.path(key), os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
         try:
-            return fd, _read_meta(fd)
+            return fd, read_meta(fd)
         except BaseException:
             os.close(fd)
             raise
@@ -160,9 +147,12 @@ class Objects:
         Raises:
             ValueError: see :func:`key_path`; or the fields are over 2048 octets.
         """
+        return Upload(self, key, self.temporary(), fields)
+
+    def temporary(self) -> bytes:
+        """A new name for a file that is of this process alone."""
         self._serial += 1
-        temporary = os.fsencode(self._temporary / str(self._serial))
-        return Upload(self, key, temporary, fields)
+        return os.fsencode(self._temporary / str(self._serial))
 
     def delete(self, key: bytes, condition: Condition | None = None) -> bool:
         """Removes an object; whether there was one. ``condition`` as in :meth:`Upload.commit`."""
@@ -175,7 +165,7 @@ class Objects:
             except FileNotFoundError:
                 return False
         parent = os.path.dirname(path)  # noqa: PTH120
-        self._sync_directory(parent)
+        self.sync_directory(parent)
         with contextlib.suppress(OSError):
             while parent != self._tree:
                 os.rmdir(parent)  # noqa: PTH106
@@ -197,7 +187,7 @@ class Objects:
                     self._make_directories(os.path.dirname(path))  # noqa: PTH120
             else:
                 raise StoreError("the object's directory goes away again and again")
-        self._sync_directory(os.path.dirname(path))  # noqa: PTH120
+        self.sync_directory(os.path.dirname(path))  # noqa: PTH120
         return current is None
 
     def _current(self, key: bytes) -> ObjectMeta | None:
@@ -219,9 +209,10 @@ class Objects:
                 pass
             except FileNotFoundError:
                 return  # cleared away behind us: the caller tries again
-            self._sync_directory(os.path.dirname(directory))  # noqa: PTH120
+            self.sync_directory(os.path.dirname(directory))  # noqa: PTH120
 
-    def _sync_directory(self, path: bytes) -> None:
+    def sync_directory(self, path: bytes) -> None:
+        """Have a directory's entries on disk, where that is wanted."""
         if not self.durable:
             return
         try:
@@ -342,20 +333,45 @@ class Upload:
             DigestMismatch: the body's digest is not ``md5``.
         """
         with self._lock:
-            self._write(pieces)
-            digest = self._digest.digest()
-            if md5 is not None and md5 != digest:
-                raise DigestMismatch("the body's MD5 is not the one announced")
+            digest = self._checked(pieces, md5)
             meta = ObjectMeta(self._size, int(time.time()), digest, self._kept)
-            footer = _FOOTER.pack(self._size, meta.modified, digest, len(self._fields), _MAGIC)
-            self._append(self._fields + footer)
-            if self._objects.durable:
-                os.fsync(self._fd)
-            os.close(self._fd)
-            self._fd = -1
+            self._close_with(footer(meta))
             created = self._objects.install(self._temporary, self._key, condition)
             self._over = True
             return meta, created
+
+    def finish(self, pieces: Sequence[bytes] = (), md5: bytes | None = None) -> None:
+        """The body is whole; arguments and errors as of :meth:`commit`. :meth:`seal` comes next."""
+        with self._lock:
+            self._checked(pieces, md5)
+
+    def seal(self, version: Version, *, deleted: bool = False) -> tuple[bytes, ObjectMeta]:
+        """Makes a durable file of a version that nobody sees: its path and facts.
+
+        The file is the caller's then.
+        """
+        with self._lock:
+            digest = self._checked((), None)
+            meta = ObjectMeta(
+                self._size, int(time.time()), digest, self._kept, version, self._key, deleted
+            )
+            self._close_with(replicated_footer(meta))
+            self._over = True
+            return self._temporary, meta
+
+    def _checked(self, pieces: Sequence[bytes], md5: bytes | None) -> bytes:
+        self._write(pieces)
+        digest = self._digest.digest()
+        if md5 is not None and md5 != digest:
+            raise DigestMismatch("the body's MD5 is not the one announced")
+        return digest
+
+    def _close_with(self, end: bytes) -> None:
+        self._append(end)
+        if self._objects.durable:
+            os.fsync(self._fd)
+        os.close(self._fd)
+        self._fd = -1
 
     def abandon(self) -> None:
         """Removes what was written, unless it is committed; calling it again does nothing."""
@@ -368,21 +384,3 @@ class Upload:
                 self._fd = -1
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._temporary)  # noqa: PTH108
-
-
-def _read_meta(fd: int) -> ObjectMeta:
-    total = os.fstat(fd).st_size
-    tail = os.pread(fd, _TAIL, max(0, total - _TAIL))
-    if len(tail) < _FOOTER.size:
-        raise StoreError("a file in the store is too short to be an object")
-    size, modified, md5, length, magic = _FOOTER.unpack_from(tail, len(tail) - _FOOTER.size)
-    if magic != _MAGIC or size + length + _FOOTER.size != total:
-        raise StoreError("a file in the store is not a whole object")
-    if not length:
-        return ObjectMeta(size, modified, md5, ())
-    if length + _FOOTER.size <= len(tail):
-        block = tail[-_FOOTER.size - length : -_FOOTER.size]
-    else:
-        block = os.pread(fd, length, size)
-    parts = block.split(b"\0")
-    return ObjectMeta(size, modified, md5, tuple(zip(parts[::2], parts[1::2], strict=True)))

@@ -37,11 +37,12 @@ from urllib.parse import parse_qsl
 
 from prism.apps.conditions import conditional, http_date, parse_range, precondition
 from prism.apps.keytree import MAX_KEY
-from prism.apps.objects import DigestMismatch, ObjectMeta, Objects, StoreError, Upload
+from prism.apps.objectfile import ObjectMeta, StoreError
+from prism.apps.objects import Condition, DigestMismatch, Objects, Upload
 from prism.http.exchange import Exchange, Rest
 from prism.http.head import HttpError, RequestHead
 
-__all__ = ["ObjectStore"]
+__all__ = ["ObjectStore", "listing_entry", "listing_query", "refuse_unless", "storage_error"]
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -110,7 +111,7 @@ class ObjectStore:
         try:
             opened = self.objects.open(head.key)
         except (OSError, StoreError) as error:
-            raise _storage_error(error) from error
+            raise storage_error(error) from error
         if opened is None:
             raise HttpError(404, "there is no object with this key")
         fd, meta = opened
@@ -145,10 +146,10 @@ class ObjectStore:
         return exchange.send_file(206, headers, fd, offset, length)
 
     async def _list(self, exchange: Exchange) -> None:
-        prefix, start_after, limit = _listing_query(exchange.head.query)
+        prefix, start_after, limit = listing_query(exchange.head.query)
         found, more = await self._run(self.objects.list, prefix, start_after, limit)
         document = {
-            "keys": [_listing_entry(key, meta) for key, meta in found],
+            "keys": [listing_entry(key, meta) for key, meta in found],
             "truncated": more,
             "next_start_after": found[-1][0].decode("utf-8", "replace") if more else None,
         }
@@ -174,7 +175,7 @@ class ObjectStore:
         exchange.body.limit = self.max_size if limit is None else min(limit, self.max_size)
         md5 = _announced_md5(head)
         if conditional(head):
-            _refuse_unless(head, await self._run(self.objects.meta, head.key))
+            refuse_unless(head, await self._run(self.objects.meta, head.key))
         fields = tuple((_KEPT[name], value) for name, value in head.headers if name in _KEPT)
         if head.get(b"content-type") is None:
             fields += _DEFAULT_TYPE
@@ -184,9 +185,7 @@ class ObjectStore:
             raise HttpError(400, str(error)) from None
         try:
             last = await self._store(exchange, upload)
-            meta, created = await self._run(
-                upload.commit, last, md5, lambda current: _refuse_unless(head, current)
-            )
+            meta, created = await self._commit(head, upload, last, md5)
         except BaseException as error:
             abandoned = self._pool.submit(upload.abandon)
             if isinstance(error, asyncio.CancelledError):
@@ -199,6 +198,14 @@ class ObjectStore:
         rest = exchange.respond(201 if created else 204, ((b"ETag", meta.etag),))
         if rest is not None:
             await rest
+
+    async def _commit(
+        self, head: RequestHead, upload: Upload, last: list[bytes], md5: bytes | None
+    ) -> tuple[ObjectMeta, bool]:
+        """Makes an upload the object, as :meth:`Upload.commit`."""
+        return await self._run(
+            upload.commit, last, md5, lambda current: refuse_unless(head, current)
+        )
 
     async def _store(self, exchange: Exchange, upload: Upload) -> list[bytes]:
         """Writes the body behind its arrival; returns the last batch, for the commit to write."""
@@ -225,20 +232,24 @@ class ObjectStore:
 
         def condition(current: ObjectMeta | None) -> None:
             if current is not None:  # what is not there is 404, whatever the conditions
-                _refuse_unless(head, current)
+                refuse_unless(head, current)
 
-        if not await self._run(self.objects.delete, head.key, condition):
+        if not await self._remove(head, condition):
             raise HttpError(404, "there is no object with this key")
         rest = exchange.respond(204)
         if rest is not None:
             await rest
+
+    async def _remove(self, head: RequestHead, condition: Condition) -> bool:
+        """Removes an object, as :meth:`Objects.delete`."""
+        return await self._run(self.objects.delete, head.key, condition)
 
     async def _run(self, function: Callable[..., T], *args: Any) -> T:
         """Runs in the pool; turns the disk's errors into answers."""
         try:
             return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
         except (OSError, StoreError) as error:
-            raise _storage_error(error) from error
+            raise storage_error(error) from error
 
 
 def _forget(future: asyncio.Future[None]) -> None:
@@ -256,7 +267,7 @@ def _check_key(key: bytes) -> None:
         raise HttpError(400, "the key is not UTF-8") from None
 
 
-def _refuse_unless(head: RequestHead, meta: ObjectMeta | None) -> None:
+def refuse_unless(head: RequestHead, meta: ObjectMeta | None) -> None:
     """Raises 412 when the request's preconditions do not hold for the object there is."""
     etag, modified = (None, 0) if meta is None else (meta.etag, meta.modified)
     if precondition(head, etag, modified):
@@ -277,7 +288,8 @@ def _announced_md5(head: RequestHead) -> bytes | None:
     return digest
 
 
-def _listing_query(query: bytes) -> tuple[bytes, bytes, int]:
+def listing_query(query: bytes) -> tuple[bytes, bytes, int]:
+    """Prefix, start-after and limit of a listing; raises :class:`HttpError`."""
     try:
         fields = dict(parse_qsl(query.decode("ascii"), keep_blank_values=True, errors="strict"))
         limit = int(fields.get("max-keys", _MAX_KEYS))
@@ -289,7 +301,8 @@ def _listing_query(query: bytes) -> tuple[bytes, bytes, int]:
     return prefix.encode(), start_after.encode(), min(limit, _MAX_KEYS)
 
 
-def _listing_entry(key: bytes, meta: ObjectMeta) -> dict[str, object]:
+def listing_entry(key: bytes, meta: ObjectMeta) -> dict[str, object]:
+    """What a listing says of an object."""
     return {
         "key": key.decode("utf-8", "replace"),
         "size": meta.size,
@@ -298,7 +311,7 @@ def _listing_entry(key: bytes, meta: ObjectMeta) -> dict[str, object]:
     }
 
 
-def _storage_error(error: OSError | StoreError) -> HttpError:
+def storage_error(error: OSError | StoreError) -> HttpError:
     """The answer to what the disk says; the paths in its message are not for clients."""
     code = error.errno if isinstance(error, OSError) else None
     if code in (errno.ENOSPC, errno.EDQUOT):

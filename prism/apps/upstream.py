@@ -22,6 +22,7 @@ from prism.http.stream import PlainStream
 __all__ = [
     "HOP_BY_HOP",
     "Address",
+    "NotSent",
     "Pool",
     "ResponseHead",
     "Upstream",
@@ -296,6 +297,10 @@ class Upstream:
         return b""
 
 
+class NotSent(HttpError):
+    """There is no connection upstream; nothing of the request was sent."""
+
+
 class Pool:
     """Connections to one upstream server: bounded, kept open for the next request.
 
@@ -322,7 +327,7 @@ class Pool:
         """A connection to be given back by :meth:`release`; ``fresh``: one never used before.
 
         Raises:
-            HttpError: 503 no place became free in time; 502 the upstream cannot be connected to;
+            NotSent: 503 no place became free in time; 502 the upstream cannot be connected to;
                 504 it does not answer.
         """
         if self._places.locked():
@@ -331,7 +336,7 @@ class Pool:
                     await self._places.acquire()
             except TimeoutError:
                 retry = ((b"Retry-After", b"1"),)
-                raise HttpError(503, "all connections upstream are busy", retry) from None
+                raise NotSent(503, "all connections upstream are busy", retry) from None
         else:
             await self._places.acquire()
         self._busy += 1
@@ -364,12 +369,12 @@ class Pool:
             return PlainStream(sock)
         except TimeoutError:
             sock.close()
-            raise HttpError(504, "connecting upstream took too long") from None
+            raise NotSent(504, "connecting upstream took too long") from None
         except OSError as error:
             sock.close()
             # Not the error's own text: the upstream's address is not for clients.
             reason = os.strerror(error.errno or 0)
-            raise HttpError(502, f"cannot connect upstream: {reason}") from None
+            raise NotSent(502, f"cannot connect upstream: {reason}") from None
         except BaseException:
             sock.close()
             raise

@@ -65,7 +65,14 @@ def lab() -> None:
     "--placement",
     default="partitioned",
     show_default=True,
-    type=click.Choice(["partitioned", "round-robin", "least-connections"]),
+    type=click.Choice(["partitioned", "round-robin", "least-connections", "replicated"]),
+)
+@click.option(
+    "--replicas",
+    default=2,
+    show_default=True,
+    type=click.IntRange(2, 16),
+    help="With --placement replicated: backends that have a copy of each object.",
 )
 @click.option("--set", "settings", multiple=True, metavar="SECTION.KEY=VALUE", help="Any setting.")
 @click.option("--detach", is_flag=True, help="Leave it running; end it with: lab down.")

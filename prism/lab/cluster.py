@@ -52,6 +52,7 @@ class Options:
         lock: ``hold`` or ``drop``.
         store: directory with one object store for each backend; ``None``: a temporary one.
         placement: name of the placement.
+        replicas: copies of each object, with the placement ``replicated``.
         settings: further settings, ``{"frontend.handoff": "never"}``.
         trace: whether the nodes log each handoff step by step.
         app: ASGI application that the backends serve, found in the working directory.
@@ -68,6 +69,7 @@ class Options:
     lock: str = "hold"
     store: Path | None = None
     placement: str = "partitioned"
+    replicas: int = 2
     settings: Mapping[str, Any] = field(default_factory=dict)
     trace: bool = True
     tls: bool = False
@@ -305,6 +307,8 @@ class Cluster:
             try:
                 status = read_status(path, timeout=1.0)
             except PrismError:
+                return False
+            if linked and status.get("replication", {}).get("state", "serving") != "serving":
                 return False
             for peer, usable in status.get("peers", {}).items() if linked else ():
                 there = self.nodes.get(peer.partition("/")[0])

@@ -41,7 +41,8 @@ def settings_of(cluster: Cluster, node: Node) -> dict[str, Any]:
             "serves": "application" if options.app or options.upstream else "objects",
             "services": [str(service) for service in topology.services(80)],
         },
-        "placement": {"name": options.placement},
+        "placement": {"name": options.placement}
+        | ({"replicas": options.replicas} if options.placement == "replicated" else {}),
         "telemetry": {
             "status_socket": str(cluster.dir / f"run/{node.name}.sock"),
             "log_format": "json",

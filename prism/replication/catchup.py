@@ -119,19 +119,27 @@ class CatchUp:
     async def _fetch(self, epoch: int, key: bytes, version: Version, peer: str) -> None:
         replicator = self._replicator
         found = await replicator.transport.fetch(peer, epoch, key)
-        self._check(epoch)
         if found is None:  # a mark of deletion whose time was over
             return
-        version, blob = found
-        storage = replicator.storage
-        async with replicator._locks(key):
+        try:
+            if not await self._take(epoch, key, *found):
+                return
+        finally:
+            await replicator.storage.discard(found[1])
+        self.fetched += 1
+
+    async def _take(self, epoch: int, key: bytes, version: Version, blob: Any) -> bool:
+        """Install what was fetched, unless something newer came along the chain meanwhile."""
+        storage = self._replicator.storage
+        self._check(epoch)
+        async with self._replicator._locks(key):
             had = await storage.version(key)
             if had.epoch >= epoch or had == version:
-                return  # a write came along the chain meanwhile, which is newer
+                return False
             await storage.put(key, version, blob)
             if storage.staged.get(key, version) < version or storage.staged.get(key) == version:
                 await storage.unstage(key)
-        self.fetched += 1
+        return True
 
     def _check(self, epoch: int) -> None:
         if self._replicator.view.epoch != epoch:

@@ -65,6 +65,9 @@ class Storage(Protocol):
     async def put(self, key: bytes, version: Version, blob: Any) -> None:
         """Install at once, in the place of what is installed; what is staged stays."""
 
+    async def discard(self, blob: Any) -> None:
+        """Throw away what came from another node, unless it is kept already."""
+
     async def remove(self, key: bytes, version: Version) -> None:
         """Forget a key that still has this version, without leaving a mark of deletion."""
 

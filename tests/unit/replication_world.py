@@ -88,6 +88,9 @@ class MemoryStorage:
         await self.world.pause()
         self.disk.installed[key] = (version, blob)
 
+    async def discard(self, blob: Any) -> None:
+        pass
+
     async def remove(self, key: bytes, version: Version) -> None:
         if self.disk.installed.get(key, (None,))[0] == version:
             del self.disk.installed[key]

@@ -429,3 +429,29 @@ address = "10.0.0.2"
 [backend]
 name = "be1"
 """
+
+
+@pytest.mark.parametrize(
+    ("more", "key", "remedy"),
+    [
+        ("replicas = 3", "placement.replicas", "there are 2 [[nodes]] only"),
+        ("replicas = 1", "placement.replicas", "greater than or equal to 2"),
+        ('[[pools]]\nname = "p"\nnodes = ["be1"]', "pools", "leave pools out"),
+        (
+            '[[policy.rules]]\nname = "r"\naction = "relay"\nplacement = "round-robin"',
+            "policy.rules[0].placement",
+            "leave the rule's placement out",
+        ),
+    ],
+)
+def test_what_does_not_go_with_replication_is_refused(more: str, key: str, remedy: str) -> None:
+    nodes = "".join(f'[[nodes]]\nname = "be{n}"\naddress = "10.77.101.{n}"\n' for n in range(1, 3))
+    (problem,) = problems(CLUSTER + nodes + '[placement]\nname = "replicated"\n' + more)
+    assert f": {key}: " in problem and remedy in problem, problem
+
+
+def test_an_application_and_workers_do_not_go_with_replication() -> None:
+    text = CLUSTER + 'serves = "application"\n' + NODES + '[placement]\nname = "replicated"\n'
+    found = problems(text)
+    assert any("placement.name: only the object store" in problem for problem in found), found
+    assert any(".workers: a backend that replicates has one worker" in each for each in found)

@@ -17,6 +17,7 @@ from prism.placement import (
     Node,
     NoNode,
     Partitioned,
+    Replicated,
     RoundRobin,
     placement_from,
 )
@@ -145,3 +146,17 @@ def test_choosing_among_four_nodes_takes_under_two_microseconds() -> None:
     placement = Partitioned(nodes(1, 1, 1, 1))
     quickest = min(timeit.repeat(lambda: placement.choose("/b/object-4711"), number=2000, repeat=9))
     assert quickest / 2000 < 2e-6
+
+
+def test_replicas_are_the_nodes_that_the_key_would_move_to() -> None:
+    nodes = [Node(f"be{n}", f"10.0.0.{n}") for n in range(1, 6)]
+    partitioned, replicated = Partitioned(nodes), Replicated(nodes, 3)
+    for number in range(200):
+        key = f"key/{number}"
+        names = [node.name for node in replicated.order(key)]
+        assert len(set(names)) == 3
+        assert names[0] == partitioned.choose(key).name == replicated.choose(key).name
+        assert names[1] == partitioned.choose(key, names[:1]).name
+        assert names[2] == partitioned.choose(key, names[:2]).name
+        without = Replicated([node for node in nodes if node.name != names[1]], 3)
+        assert [node.name for node in without.order(key)][:2] == [names[0], names[2]]

@@ -1,0 +1,334 @@
+"""The object store of a node that replicates: the store's HTTP over the replication protocol.
+
+What this node may answer, it answers from its own disk; the rest it passes on to the node that may.
+A write comes to the head of its key's chain, is kept here, and is acknowledged when all replicas
+that serve have it. The listing tells of this node's objects alone, with versions and deletions;
+whoever asks merges (``GET /?versions``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from prism.apps.objectfile import ObjectMeta
+from prism.apps.objects import Condition, Upload
+from prism.apps.objectstore import (
+    ObjectStore,
+    listing_entry,
+    listing_query,
+    refuse_unless,
+    storage_error,
+)
+from prism.apps.relay import Relay
+from prism.apps.replicadisk import Disk, Kept, StateFile
+from prism.apps.replicarelay import MAX_PASSES, ReplicaRelay, may_repeat, passes_of
+from prism.config import BackendConfig, Config
+from prism.flow import Endpoint
+from prism.http.exchange import Exchange, Rest
+from prism.http.head import HttpError, RequestHead
+from prism.placement import Node
+from prism.replicas import READS, Replicas
+from prism.replication.interfaces import NotHead, Refusal, Unavailable
+from prism.replication.membership import Membership
+from prism.replication.replicator import Replicator
+from prism.replication.service import Service
+from prism.replication.transport import STILL, Network
+from prism.replication.views import Version
+from prism.tls.identity import Identity
+
+__all__ = ["ReplicatedStore"]
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_RETRY_AFTER: Final = ((b"Retry-After", b"1"),)
+_PAUSE: Final = 0.1  # seconds, at most, until it is looked again who answers
+_MARK_AGE: Final = 600.0  # seconds that a mark of deletion stays
+_SWEEP: Final = 30.0  # seconds between two looks at marks
+_SWEEP_KEYS: Final = 1000  # marks removed at a look
+
+
+class ReplicatedStore(ObjectStore):
+    """The app, and this node's part in replicating.
+
+    Args:
+        config: of a cluster that replicates, with a ``[backend]`` section.
+        replicas: what this node knows of the others.
+        identity: this node's.
+        relay: for requests that another node has to answer.
+        load: how many connections this node has.
+
+    Raises:
+        ConfigError: the store cannot be used for this cluster.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        backend: BackendConfig,
+        replicas: Replicas,
+        *,
+        identity: Identity,
+        relay: Relay,
+        load: Callable[[], int],
+    ) -> None:
+        root = Path(backend.store)
+        super().__init__(root, max_size=backend.max_object_size)
+        self._replicas = replicas
+        self._relay = relay
+        self._patience = replicas.patience
+        self.state = StateFile(root, _layout(config))
+        self.disk = Disk(self.objects, self._pool)
+        lease = config.cluster.lease
+        names = [node.name for node in config.nodes]
+        membership = Membership(
+            backend.name,
+            names,
+            replicas.placement.replicas,
+            lease,
+            saved=self.state.saved,
+            now=time.monotonic(),
+            serial=self.state.serial,
+        )
+        self.replicator = Replicator(
+            membership,
+            replicas.order,
+            self.disk,
+            Network(replicas.links, self.disk, max(STILL, 3 * lease)),
+            save=lambda membership: self.state.write(membership.saved),
+        )
+        self.service = Service(
+            Endpoint(backend.address, backend.replication_port),
+            identity,
+            self.replicator,
+            spools=self.disk,
+            members=frozenset(names),
+            load=load,
+        )
+        replicas.local = self.replicator
+
+    # -- life -----------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Take part.
+
+        Raises:
+            OSError: the replication port cannot be bound.
+        """
+        await self.service.start()
+        self.replicator.start()
+        self.replicator._spawn(self._forget_marks())
+
+    async def leave(self, seconds: float) -> None:
+        """Have the others go on without this node; other nodes answer its requests from now on."""
+        if not await self.replicator.leave(seconds):
+            log.info("this node stops without having been left out of the view")
+
+    async def stop(self) -> None:
+        """End everything that replicates."""
+        await self.service.close()
+        await self.replicator.close()
+
+    def status(self) -> dict[str, Any]:
+        """For the status document."""
+        catch_up = self.replicator.catch_up
+        return {
+            "state": self.replicator.state,
+            "applied": self.replicator.membership.applied,
+            "staged": len(self.disk.staged),
+            "compared": catch_up.compared,
+            "fetched": catch_up.fetched,
+            "removed": catch_up.removed,
+        }
+
+    async def _forget_marks(self) -> None:
+        """Remove marks of deletion when all nodes serve, and nothing older can come any more."""
+        replicator = self.replicator
+        while True:
+            await asyncio.sleep(_SWEEP)
+            now = time.monotonic()
+            if len(replicator.view.serving) < len(replicator.membership.nodes):
+                continue
+            old = [
+                (key, version)
+                for key, (version, since) in self.disk.deletions.items()
+                if now - since > _MARK_AGE and key not in self.disk.staged
+            ]
+            for key, version in old[:_SWEEP_KEYS]:
+                async with replicator._locks(key):
+                    await self.disk.remove(key, version)
+
+    # -- requests -------------------------------------------------------------------------------
+
+    def handle(self, exchange: Exchange) -> Rest:
+        """Answer one request, or have the node answer it that may."""
+        head = exchange.head
+        if not head.key or head.method == b"OPTIONS":
+            return super().handle(exchange)
+        if head.method in READS:
+            if self.replicator.reading(head.key).node == self.replicator.me:
+                return super().handle(exchange)
+            return self._when_possible(exchange, self._reader)
+        if head.method in (b"PUT", b"DELETE"):
+            return self._when_possible(exchange, self._writer)
+        return super().handle(exchange)
+
+    def _reader(self, key: bytes) -> str:
+        return self.replicator.reading(key).node
+
+    def _writer(self, key: bytes) -> str:
+        replicator = self.replicator
+        head = replicator.head(key)
+        return head if head != replicator.me or replicator.serves else ""
+
+    async def _when_possible(self, exchange: Exchange, who: Callable[[bytes], str]) -> None:
+        """Answer as soon as this node may, or another one does; 503 when nobody can for long."""
+        head, replicator = exchange.head, self.replicator
+        deadline = replicator.clock() + self._patience
+        passing = passes_of(head) < MAX_PASSES
+        while True:
+            name = who(head.key)
+            if name == replicator.me:
+                rest = super().handle(exchange)
+                if rest is not None:
+                    await rest
+                return
+            try:
+                if name and passing:
+                    await self._pass(exchange, self._node(name))
+                    return
+            except HttpError as error:
+                if replicator.clock() >= deadline or not may_repeat(exchange, error):
+                    raise
+            if replicator.clock() >= deadline:
+                raise HttpError(503, "no replica can answer now", _RETRY_AFTER)
+            await replicator.changed(_PAUSE)
+
+    def _node(self, name: str) -> Node:
+        return next(node for node in self._replicas.placement.nodes if node.name == name)
+
+    async def _pass(self, exchange: Exchange, node: Node) -> None:
+        await ReplicaRelay(self._replicas, self._relay).once(exchange, node)
+
+    # -- writes ---------------------------------------------------------------------------------
+
+    async def _commit(
+        self, head: RequestHead, upload: Upload, last: list[bytes], md5: bytes | None
+    ) -> tuple[ObjectMeta, bool]:
+        await self._run(upload.finish, last, md5)
+
+        async def make(version: Version) -> tuple[Kept, tuple[ObjectMeta, bool]]:
+            current = await self._run(self._current, head.key)
+            refuse_unless(head, current)
+            path, meta = await self._run(upload.seal, version)
+            return Kept(path, meta), (meta, current is None)
+
+        return await self._write(head.key, make)
+
+    async def _remove(self, head: RequestHead, condition: Condition) -> bool:
+        upload = self.objects.upload(head.key)
+
+        async def make(version: Version) -> tuple[Kept, bool]:
+            current = await self._run(self._current, head.key)
+            condition(current)
+            if current is None:
+                raise HttpError(404, "there is no object with this key")
+            path, meta = await self._run(lambda: upload.seal(version, deleted=True))
+            return Kept(path, meta), True
+
+        try:
+            return await self._write(head.key, make)
+        finally:
+            upload.abandon()
+
+    def _current(self, key: bytes) -> ObjectMeta | None:
+        return self.objects._current(key)
+
+    async def _write(self, key: bytes, make: Callable[[Version], Awaitable[tuple[Kept, T]]]) -> T:
+        """Replicate a write; it goes on to its end when the client is gone."""
+        replicator = self.replicator
+        deadline = replicator.clock() + self._patience
+        while True:
+            left = deadline - replicator.clock()
+            task = replicator._spawn(self._written(key, make, left))
+            task.add_done_callback(_forget)
+            try:
+                return await asyncio.shield(task)
+            except Refusal as error:
+                raise HttpError(error.status, str(error)) from None
+            except NotHead as error:
+                # Nothing was done. The body is here, so if this node is to be the head soon, wait.
+                if replicator.clock() >= deadline or replicator.head(key) != replicator.me:
+                    raise HttpError(503, str(error), _RETRY_AFTER) from None
+                await replicator.changed(_PAUSE)
+            except Unavailable as error:
+                raise HttpError(503, str(error), _RETRY_AFTER) from None
+            except OSError as error:
+                raise storage_error(error) from error
+
+    async def _written(
+        self, key: bytes, make: Callable[[Version], Awaitable[tuple[Kept, T]]], seconds: float
+    ) -> T:
+        blobs: list[Kept] = []
+
+        async def making(version: Version) -> tuple[Kept, T]:
+            blob, result = await make(version)
+            blobs.append(blob)
+            return blob, result
+
+        try:
+            return await self.replicator.write(key, making, seconds)
+        finally:
+            for blob in blobs:  # gone already, unless it could not be staged
+                await self.disk.discard(blob)
+
+    # -- listing --------------------------------------------------------------------------------
+
+    async def _list(self, exchange: Exchange) -> None:
+        """This node's objects, with what merging needs; refused unless it serves."""
+        query = exchange.head.query
+        prefix, start_after, limit = listing_query(query)
+        replicator = self.replicator
+        epoch = self._listing_epoch()
+        found, more = await self._run(self.disk.list, prefix, start_after, limit)
+        if self._listing_epoch() != epoch:
+            raise HttpError(503, "the view is changing", _RETRY_AFTER)
+        entries = [
+            listing_entry(key, meta) | {"version": meta.version, "deleted": meta.deleted}
+            for key, meta in found
+        ]
+        document = {
+            "epoch": epoch,
+            "node": replicator.me,
+            "keys": entries,
+            "truncated": more,
+            "next_start_after": entries[-1]["key"] if more else None,
+        }
+        headers = ((b"Content-Type", b"application/json"),)
+        rest = exchange.respond(200, headers, json.dumps(document).encode() + b"\n")
+        if rest is not None:
+            await rest
+
+    def _listing_epoch(self) -> int:
+        replicator = self.replicator
+        if not replicator.serves or replicator.unsettled:
+            raise HttpError(503, f"{replicator.me} does not serve now", _RETRY_AFTER)
+        return replicator.view.epoch
+
+
+def _layout(config: Config) -> dict[str, Any]:
+    """What must not change in the life of a store that replicates."""
+    nodes = sorted([node.name, node.weight] for node in config.nodes)
+    return {"nodes": nodes, "replicas": config.placement.replicas}
+
+
+def _forget(task: asyncio.Task[Any]) -> None:
+    """Take note of a failure that nobody waits for any more."""
+    if not task.cancelled():
+        task.exception()
