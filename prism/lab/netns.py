@@ -69,8 +69,12 @@ class Namespace:
         return self.path.exists()
 
     def route(self) -> IPRoute:
-        """A netlink socket inside it; close it after use (it is a context manager)."""
-        return IPRoute(netns=self.name, flags=0)
+        """A netlink socket inside it; close it after use (it is a context manager).
+
+        Raises:
+            PrismError: no such namespace.
+        """
+        return self.run_inside(IPRoute)  # which starts a process for it when told the name
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:

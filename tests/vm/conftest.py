@@ -27,6 +27,7 @@ from prism.lab import cluster  # noqa: E402
 cluster._READY_PATIENCE *= 10
 cluster._STOP_PATIENCE *= 10
 cluster._LINK_PATIENCE *= 10
+cluster._POLL *= 5
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
