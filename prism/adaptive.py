@@ -104,8 +104,8 @@ class _Quartile:
         if value <= 0:
             return
         self.count += 1
-        if self.count == 1:
-            self.value = value
+        if self.count <= _ENOUGH:  # the first ones are those of a cold start
+            self.value = min(self.value or value, value)
         else:
             self.value *= 1 - _STEP * 0.75 if value < self.value else 1 + _STEP * 0.25
 

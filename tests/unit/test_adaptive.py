@@ -180,6 +180,16 @@ def test_slow_clients_do_not_make_relaying_look_slow():
     assert 30_000 < costs.threshold < 140_000
 
 
+def test_a_cold_start_is_not_believed():
+    """The first samples of a new process are slow; the best of eight is where it starts from."""
+    costs = Costs()
+    for handoff in (0.009, 0.004, 0.002, 0.0006, 0.0004, 0.0005, 0.0004, 0.0006):
+        costs.handoff(handoff)
+    assert costs.snapshot()["handoff_us"] == 400
+    costs.handoff(0.009)
+    assert 400 < costs.snapshot()["handoff_us"] < 440
+
+
 def test_a_given_threshold_stays():
     costs = Costs(12345)
     _measure(costs, 1e-3, 300e-6, 10e-9)
