@@ -86,7 +86,7 @@ class Sizes:
         """Move towards ``size``; ``weight`` 1 forgets what was there."""
         slot = name >> 1 & self._mask  # the lowest bit is always set
         if self._tags[slot] == name:
-            size = self._sizes[slot] + (size - self._sizes[slot]) * weight
+            size = self._sizes[slot] * (1 - weight) + size * weight
         self._tags[slot] = name
         self._sizes[slot] = size
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tracemalloc
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from prism.adaptive import (
@@ -124,6 +124,7 @@ def test_any_report_can_be_read(data):
 
 
 @given(st.lists(st.tuples(st.integers(1, 2**64 - 1), st.integers(0, 2**63))))
+@example([(1, 9_007_199_791_611_906), (1, 1)])
 def test_a_table_remembers_the_newest_of_each_slot(entries):
     sizes = Sizes(8)
     slots: dict[int, tuple[int, int]] = {}
