@@ -198,6 +198,16 @@ class Backend(Node):
             self.relayed_in -= 1
         super().closed(connection)
 
+    @property
+    def owned(self) -> int:
+        """How many clients' connections this node has; what others relay is theirs."""
+        return len(self.connections) - self.relayed_in
+
+    def busy(self) -> bool:
+        """Whether there are connections that would be cut if the node ended now."""
+        busy = (c for c in self.connections.values() if c.relayed_in and c.state is not State.IDLE)
+        return bool(self.owned or self.moving or self.taking or any(busy))
+
     # -- requests --------------------------------------------------------------------------
 
     def dispatch(self, connection: Connection, head: RequestHead) -> None:
@@ -232,7 +242,7 @@ class Backend(Node):
             # Not at once: another handoff of this connection may just be coming to its end.
             asyncio.get_running_loop().call_soon(self._renew, connection)
         else:
-            connection.serve(app)
+            super().serve(connection, app)
 
     def _renew(self, connection: Connection) -> None:
         """Move a connection to another socket of this worker's; then it asks for its answer again.
@@ -260,10 +270,10 @@ class Backend(Node):
 
     def on_offer(self, offer: Offer, reply: Any) -> None:
         """Take a connection over, unless this worker is stopping, full, or has it already."""
-        if self.stopping:
+        if self.stopping or self.draining.active:
             reply(Refused(Reason.DRAINING, f"{self.name} is stopping"))
             return
-        owned = len(self.connections) - self.relayed_in + len(self.taking)
+        owned = self.owned + len(self.taking)
         if owned >= self.backend.max_connections:
             reply(Refused(Reason.BUSY, f"{self.name} has {owned} connections"))
             return
@@ -314,6 +324,7 @@ class Backend(Node):
             hops=offer.hops + 1,
         )
         self.connections[key] = connection
+        self.teller.changed()
         self.monitor.watch(
             stream.fileno(),
             handoff.local,

@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from prism._version import __version__
+from prism.commands.drain import drain
 from prism.commands.kmod import kmod
 from prism.commands.lab import lab
 from prism.commands.options import config_file
@@ -144,6 +145,7 @@ def doctor(as_json: bool) -> None:
     sys.exit(show(as_json))
 
 
+cli.add_command(drain)
 cli.add_command(kmod)
 cli.add_command(lab)
 cli.add_command(pki)

@@ -17,6 +17,7 @@ from pydantic import Field, PrivateAttr, ValidationError
 from prism.config_cluster import ClusterConfig
 from prism.config_errors import explain, report, syntax_line
 from prism.config_files import certificate_problems, with_absolute_paths
+from prism.config_health import HealthConfig
 from prism.config_nodes import BackendConfig, FrontendConfig, NodeConfig
 from prism.config_placement import PlacementConfig
 from prism.config_policy import PolicyConfig
@@ -62,6 +63,7 @@ class Config(Section):
     nodes: tuple[NodeConfig, ...] = Field((), max_length=1024)
     placement: PlacementConfig = PlacementConfig()
     pools: tuple[PoolConfig, ...] = Field((), max_length=256)
+    health: HealthConfig = HealthConfig()
     policy: PolicyConfig = PolicyConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
     _source: Path | None = PrivateAttr(None)

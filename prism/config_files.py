@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prism.config_pools import PoolConfig
 from prism.tls.identity import IdentityError
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ _PATHS = {
     "cluster": ("pki_dir", "ca"),
     "frontend": ("node_certificate", "node_key"),
     "backend": ("node_certificate", "node_key", "store", "app_dir"),
+    "placement": ("function_dir",),
     "policy": ("route_dir",),
     "telemetry": ("log_file", "status_socket"),
 }
@@ -36,7 +38,17 @@ def with_absolute_paths(config: Config, base: Path) -> Config:
             update[section] = part.model_copy(update=paths)
     if config.tls is not None:
         update["tls"] = config.tls.with_absolute_paths(base)
+    update["pools"] = tuple(_pool(pool, base) for pool in config.pools)
     return config.model_copy(update=update)
+
+
+def _pool(pool: PoolConfig, base: Path) -> PoolConfig:
+    placement = pool.placement
+    if placement is None or placement.function_dir is None:
+        return pool
+    directory = base / placement.function_dir.expanduser()
+    changed = placement.model_copy(update={"function_dir": directory})
+    return pool.model_copy(update={"placement": changed})
 
 
 def certificate_problems(config: Config) -> Iterator[tuple[tuple[str | int, ...], str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from prism.config_health import CheckConfig
 from prism.config_placement import PlacementConfig
 from prism.config_types import Name, Section
 
@@ -19,4 +20,9 @@ class PoolConfig(Section):
     )
     placement: PlacementConfig | None = Field(
         None, description="As the `[placement]` section, which is the default."
+    )
+    health: CheckConfig | None = Field(
+        None,
+        description="How its nodes are checked, as the first keys of the `[health]` section, which "
+        "is the default.",
     )

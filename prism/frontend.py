@@ -82,9 +82,12 @@ class Frontend(Node):
         """
         await super().start()
         tls = self.config.tls
-        secure = tls.listen if tls is not None else ()
-        if tls is not None and secure:
+        if tls is not None and tls.listen:
             self._tls = TlsServer(tls, self._contexts)
+        self._listen()
+
+    def _listen(self) -> None:
+        secure = self.config.tls_listen
         for endpoint in self.config.listen:
             on_accept = self._accepted_tls if endpoint in secure else self._accepted
             self._listeners.append(Listener(endpoint, self.frontend.backlog, on_accept))
@@ -94,6 +97,22 @@ class Frontend(Node):
         for listener in self._listeners:
             listener.close()
         self._listeners.clear()
+
+    def refuse_new(self) -> None:
+        """The node is being drained: clients are to connect to another frontend."""
+        self.stop_listening()
+
+    def accept_again(self) -> None:
+        """The node stays after all."""
+        try:
+            self._listen()
+        except OSError as error:
+            self.stop_listening()
+            log.error("cannot listen again, restart %s: %s", self.name, error)
+
+    def busy(self) -> bool:
+        """Whether there are connections that would be cut if the node ended now."""
+        return super().busy() or bool(self._tls is not None and len(self._tls))
 
     async def drain(self) -> None:
         """Accept no more, and let open requests end."""
@@ -193,10 +212,15 @@ def _tls_stream(sock: socket.socket, established: Established, flow: Flow) -> Tl
 
 
 async def run_node(node: Node, stop: asyncio.Event) -> None:
-    """Serve until told to stop, then let open requests end."""
+    """Serve until told to stop, or drained, then let open requests end."""
     on_reload(node.reload)
     async with node:
-        await stop.wait()
+        waiting = [asyncio.ensure_future(each.wait()) for each in (stop, node.draining.done)]
+        try:
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for each in waiting:
+                each.cancel()
 
 
 def run(config: Config) -> int:

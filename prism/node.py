@@ -21,10 +21,12 @@ from prism.apps.relay import Relay
 from prism.apps.replicalisting import ReplicaListing
 from prism.apps.replicarelay import ReplicaRelay
 from prism.config import BackendConfig, Config, FrontendConfig
+from prism.draining import Draining, LastAnswer, Teller
 from prism.embedding import Embedded
 from prism.errors import ConfigError, PrismError
 from prism.flow import Endpoint
 from prism.handoff.channel import Channel
+from prism.handoff.connection import node_of
 from prism.handoff.machine import Event, SourceState
 from prism.handoff.outgoing import Outgoing, Way
 from prism.http.connection import Connection, State
@@ -33,9 +35,10 @@ from prism.http.head import HttpError, Limits, RequestHead
 from prism.peers import Peers
 from prism.placement import Node as Place
 from prism.placement import NoNode, Replicated
-from prism.policy.decision import AUTO, Decision
+from prism.policy.decision import AUTO, Action, Decision
 from prism.policy.engine import Policy, Route
 from prism.reconcile import Reconciler
+from prism.relaying import Relaying
 from prism.reload import reload_node
 from prism.replicas import Replicas
 from prism.switch.client import SwitchClient
@@ -53,6 +56,9 @@ log = logging.getLogger(__name__)
 MAX_HOPS = 4  # owners a connection may pass for one request; then it is relayed
 _COOKIES = (1 << 63) - 1
 LINKS_PATIENCE = 1.0  # seconds
+# Refusals that speak against the node; what others say, they say of the connection.
+_ELSEWHERE = ("timed-out", "link-lost", "link-down", "refused-draining")
+_UNFIT = ("refused-busy", "refused-import-failed")
 SWEEP = 1.0  # seconds between two looks for connections that wait too long
 
 
@@ -99,7 +105,9 @@ class Node(Embedded):
         )
         identity = Identity(serving.name, config.identity_files(serving))
         self.channel = Channel(self.name, cluster.channel_key(), self.on_offer, identity)
-        self.peers = Peers(config, self.channel, serving.name)
+        self.peers = Peers(config, self.channel, serving.name, self.metrics)
+        self.teller = Teller(self)
+        self.draining = Draining(self)
         self.identity = identity
         placement = self.peers.placement
         self.replicas: Replicas | None = None
@@ -112,10 +120,12 @@ class Node(Embedded):
         self.relay = Relay(
             connect_timeout=getattr(serving, "connect_timeout", 3.0), forwarding="origin"
         )
+        self.peers.on_draining = self._forget_relays
         self.reloads = {"applied": 0, "refused": 0}
         self.stopping = False
         self._cookie = secrets.randbits(63)  # a restarted node must not repeat its last life's
-        self._status = StatusServer(self.status, self.metrics)
+        actions = {"drain": self.draining.begin, "undrain": self._undrain}
+        self._status = StatusServer(self.status, self.metrics, actions)
         self._sweeper: asyncio.Task[None] | None = None
 
     # -- life ------------------------------------------------------------------------------
@@ -169,14 +179,25 @@ class Node(Embedded):
             await asyncio.sleep(0.02)
         log.warning("%d connections are cut off by the stop", len(self.connections))
 
+    async def retire(self, seconds: float = 30.0) -> None:
+        """Have other nodes take the connections, within ``seconds``; then the node may end."""
+        self.draining.begin(seconds)
+        await self.draining.done.wait()
+
+    def _undrain(self, _: float) -> None:
+        self.draining.undo()
+
     async def close(self) -> None:
         """Close everything at once; the lease ends."""
         self.stopping = True
+        self.draining.close()
+        self.teller.close()
         if self._sweeper is not None:
             self._sweeper.cancel()
         for connection in list(self.connections.values()):
             connection.close(abort=connection.state is not State.IDLE)
         self.weigher.close()
+        await self.peers.close()
         await self.reconciler.close()
         self.relay.close()
         if self.replicas is not None:
@@ -231,6 +252,9 @@ class Node(Embedded):
             "reloads": dict(self.reloads),
             "adaptive": self.weigher.status(),
             "relaying": self.relay.status(),
+            "draining": self.draining.active,
+            "health": self.peers.health.snapshot(),
+            "loads": self.peers.loads.snapshot(),
         }
         return document if self.replicas is None else document | self.replicas.status()
 
@@ -289,7 +313,7 @@ class Node(Embedded):
         pool = self.peers.pools.get(decision.pool, decision.placement)
         name = decision.node
         if not name and not pool.placement.keyed and self.serving.name in pool.names:
-            name = self.serving.name
+            name = "" if self.draining.active else self.serving.name
         if name:
             node = pool.node(name)
             if node is None:
@@ -297,7 +321,24 @@ class Node(Embedded):
             return node
         if self.replicas is not None:
             return self.replicas.place(head)
-        return pool.placement.choose(head.key.decode("utf-8", "surrogateescape"))
+        return self.peers.choose(pool, head.key.decode("utf-8", "surrogateescape"))
+
+    def another_place(
+        self, connection: Connection, head: RequestHead, tried: frozenset[str]
+    ) -> Place | None:
+        """Where else a request may go, if its nodes so far did not answer; ``None``: nowhere.
+
+        Raises:
+            ConfigError: as for :meth:`place_for`.
+        """
+        decision = connection.decision
+        pool = self.peers.pools.get(decision.pool, decision.placement)
+        if decision.node or not pool.failover:
+            return None
+        try:
+            return self.peers.choose(pool, head.key.decode("utf-8", "surrogateescape"), tried)
+        except NoNode:
+            return None
 
     def local_app(self, connection: Connection, head: RequestHead) -> App | None:
         """What answers this request on this node wherever it is placed; ``None``: nothing does."""
@@ -313,9 +354,14 @@ class Node(Embedded):
             return "too-many-hops"
         if not place.serves(connection.flow.service.host):
             return "address-family"
+        if self.peers.health.is_draining(place.name):
+            return "draining"
         decision = connection.decision
+        why = self.why_not_anywhere(connection)
+        if why or (self.draining.active and decision.action is not Action.RELAY):
+            return why  # from a node that is going, all go that can
         pool = self.peers.pools.get(decision.pool, decision.placement)
-        return self.why_not_anywhere(connection) or self.weigher.why_relay(connection, pool)
+        return self.weigher.why_relay(connection, pool)
 
     def why_not_anywhere(self, connection: Connection) -> str:
         """Why the connection cannot be handed over now, wherever it goes; empty: it can."""
@@ -327,6 +373,12 @@ class Node(Embedded):
             return "output-pending"
         return ""
 
+    def _forget_relays(self, worker: str) -> None:
+        """A node is going: let it not be the one to close the connections kept for relaying."""
+        place = self.peers.pools.all.node(node_of(worker))
+        if place is not None:
+            self.relay.close_idle(place.relay_endpoint)
+
     def serve_here(self, connection: Connection, why: str) -> None:
         """Relay a request whose connection stays here."""
         place = connection.place
@@ -335,12 +387,20 @@ class Node(Embedded):
         self.metrics.relays.add(why)
         if self.replicas is not None:
             self.serve(connection, ReplicaRelay(self.replicas, self.relay, place))
-        else:
-            self.serve(connection, self.relay.to(place.relay_endpoint))
+            return
+        head = connection.head
+        if why in _ELSEWHERE and head is not None:
+            other = self.another_place(connection, head, frozenset((place.name,)))
+            if other is not None and other.name == self.serving.name:
+                connection.place = None
+                self.serve(connection, self.own_app(connection, head))
+                return
+            place = connection.place = other or place
+        self.serve(connection, Relaying(self, connection, place))
 
     def serve(self, connection: Connection, app: App) -> None:
         """Have a request answered on this node."""
-        connection.serve(app)
+        connection.serve(LastAnswer(app) if self.draining.active else app)
 
     def bad_request(self, connection: Connection, error: HttpError) -> None:
         """Count a request that is none."""
@@ -356,6 +416,7 @@ class Node(Embedded):
         """Forget a connection."""
         if self.connections.get(connection.key) is connection:
             del self.connections[connection.key]
+            self.teller.changed()
         stream = connection.stream
         alert = stream.alert if isinstance(stream, TlsStream) else None
         if alert is not None:
@@ -374,6 +435,21 @@ class Node(Embedded):
         """Whether a handoff of this flow is under way."""
         return flow in self.moving
 
+    @property
+    def owned(self) -> int:
+        """How many clients' connections this node has."""
+        return len(self.connections)
+
+    def busy(self) -> bool:
+        """Whether there are connections that would be cut if the node ended now."""
+        return bool(self.connections or self.moving)
+
+    def refuse_new(self) -> None:
+        """The node is being drained: take no new connections."""
+
+    def accept_again(self) -> None:
+        """The node stays after all."""
+
     # -- handoffs out ----------------------------------------------------------------------
 
     def hand_over(self, connection: Connection, way: Way, target: str) -> None:
@@ -381,6 +457,7 @@ class Node(Embedded):
         self._cookie = self._cookie + 1 & _COOKIES
         handoff = Outgoing(self, connection, way, target, self._cookie)
         self.moving[connection.key] = handoff
+        self.peers.loads.opened(node_of(target))
         handoff.start()
 
     def handed_over(self, handoff: Outgoing) -> None:
@@ -388,6 +465,8 @@ class Node(Embedded):
         self.metrics.handoffs_out += 1
         self.weigher.handed_over(handoff.connection)
         self.peers.answered(handoff.target)
+        self.peers.loads.handed_over(handoff.target)
+        self.peers.health.succeeded(node_of(handoff.target))
 
     def taken_back(self, handoff: Outgoing) -> None:
         """A handoff went unanswered, and was taken back."""
@@ -402,6 +481,7 @@ class Node(Embedded):
         """A handoff has ended, one way or the other."""
         connection = handoff.connection
         self.moving.pop(connection.key, None)
+        self.peers.loads.closed(node_of(handoff.target))
         machine = handoff.machine
         if machine.state is SourceState.KEPT_WITH_RULE:
             self.rule_changed(connection, handoff.gen)
@@ -412,6 +492,9 @@ class Node(Embedded):
             machine.state is not SourceState.GONE
         ):
             self.peers.pause(handoff.target)
+            self.peers.health.failed(node_of(handoff.target), f"handoff: {handoff.why}")
+        elif handoff.why in _UNFIT:
+            self.peers.health.failed(node_of(handoff.target), f"handoff: {handoff.why}")
         if self.trace:
             event(
                 "handoff-out",

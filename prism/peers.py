@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from time import monotonic
 
+from prism.checking import Checker
 from prism.config import Config
+from prism.config_health import HealthConfig
 from prism.handoff.channel import Channel
 from prism.handoff.link import Link
+from prism.handoff.wire import State
+from prism.health import Health
+from prism.loads import Loads
 from prism.placement import Node, Placement
-from prism.pools import Pools
+from prism.pools import Pool, Pools
+from prism.telemetry.metrics import Metrics
 
 __all__ = ["Peers"]
 
@@ -21,10 +28,19 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0
 class Peers:
     """Links to every worker of every backend but this process's own node."""
 
-    def __init__(self, config: Config, channel: Channel, own_node: str) -> None:
-        self.pools = Pools(config)
+    def __init__(
+        self, config: Config, channel: Channel, own_node: str, metrics: Metrics | None = None
+    ) -> None:
+        self.loads = Loads()
+        self.pools = Pools(config, self.loads)
+        names = (node.name for node in self.pools.nodes)
+        self.health = Health(config.health, names, own_node, metrics or Metrics())
+        self.checker = Checker(self.health)
         self.own_node = own_node
+        self.on_draining: Callable[[str], None] = lambda worker: None
         self._channel = channel
+        channel.shared.on_link = self._on_link
+        channel.shared.on_state = self._on_state
         self._links: dict[str, Link] = {}
         self._paused: dict[str, tuple[float, float]] = {}  # until when, and for how long
 
@@ -41,11 +57,41 @@ class Peers:
             for name, endpoint in zip(node.worker_names, node.handoff_endpoints, strict=True):
                 if name not in self._links:
                     self._links[name] = self._channel.link(name, endpoint)
+        self.checker.use(self.pools.checks())
 
-    def change(self, pools: Pools) -> None:
+    def change(self, pools: Pools, health: HealthConfig) -> None:
         """Place by other pools from now on. Links to nodes that left stay, unused."""
         self.pools = pools
+        self.health.use(health, (node.name for node in pools.nodes))
+        for name, link in self._links.items():
+            self.health.linked(name, link.connected)
         self.connect()
+
+    async def close(self) -> None:
+        """End the checks."""
+        await self.checker.close()
+
+    def choose(self, pool: Pool, key: str, avoid: frozenset[str] = frozenset()) -> Node:
+        """The node of a pool for a key, among those that are fit, and none of ``avoid``.
+
+        Raises:
+            NoNode: there is none.
+            PlacementFault: an operator's function failed.
+        """
+        if pool.failover:
+            avoid |= self.health.avoid(pool.names, pool.check)
+        return pool.placement.choose(key, avoid)
+
+    def _on_link(self, worker: str, up: bool) -> None:
+        self.health.linked(worker, up)
+        if not up:
+            self.loads.lost(worker)
+
+    def _on_state(self, worker: str, state: State) -> None:
+        if state.draining:
+            self.on_draining(worker)
+        self.health.told(worker, state.draining)
+        self.loads.told(worker, state.connections)
 
     async def wait_connected(self, seconds: float) -> None:
         """Wait until every link is up, ``seconds`` at most."""

@@ -6,8 +6,9 @@ key's home without talking to each other.
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -16,18 +17,25 @@ from xxhash import xxh3_64_intdigest
 from prism.config import Config, NodeConfig, PlacementConfig
 from prism.errors import ConfigError, PrismError
 from prism.flow import Endpoint
+from prism.loading import load_function
+from prism.loads import Loads
 
 __all__ = [
+    "Chosen",
     "LeastConnections",
     "NoNode",
     "Node",
     "Partitioned",
+    "PlaceFunction",
     "Placement",
+    "PlacementFault",
     "Replicated",
     "RoundRobin",
     "placement_from",
     "placement_of",
 ]
+
+log = logging.getLogger(__name__)
 
 _TWO_64 = float(1 << 64)
 
@@ -111,15 +119,9 @@ class Placement(Protocol):
             NoNode: all are to be avoided.
         """
 
-    def opened(self, node: Node) -> None:
-        """A connection of ours went to ``node``."""
-
-    def closed(self, node: Node) -> None:
-        """A connection of ours left ``node``."""
-
 
 class _Base:
-    """The nodes, and counting that only least-connections needs."""
+    """The nodes."""
 
     keyed = False
 
@@ -127,12 +129,6 @@ class _Base:
         self.nodes = tuple(nodes)
         if not self.nodes:
             raise ConfigError("a placement needs at least one node: add [[nodes]] entries")
-
-    def opened(self, node: Node) -> None:
-        """Count nothing."""
-
-    def closed(self, node: Node) -> None:
-        """Count nothing."""
 
 
 class Partitioned(_Base):
@@ -193,11 +189,16 @@ class RoundRobin(_Base):
 
 
 class LeastConnections(_Base):
-    """The node with the fewest connections of ours for its weight; ties go round."""
+    """The node with the fewest connections for its weight; ties go round.
 
-    def __init__(self, nodes: Iterable[Node]) -> None:
+    Args:
+        nodes: to choose from.
+        loads: how many connections each has.
+    """
+
+    def __init__(self, nodes: Iterable[Node], loads: Loads) -> None:
         super().__init__(nodes)
-        self._open = {node.name: 0 for node in self.nodes}
+        self._loads = loads
         self._next = 0
 
     def choose(self, key: str, avoid: Container[str] = ()) -> Node:
@@ -209,7 +210,7 @@ class LeastConnections(_Base):
             node = nodes[(self._next + step) % count]
             if avoid and node.name in avoid:
                 continue
-            load = (self._open[node.name] + 1) / node.weight
+            load = (self._loads.of(node.name) + 1) / node.weight
             if load < lowest:
                 lowest, best = load, node
         if best is None:
@@ -217,13 +218,9 @@ class LeastConnections(_Base):
         self._next = (self._next + 1) % count
         return best
 
-    def opened(self, node: Node) -> None:
-        """Count one connection at ``node``."""
-        self._open[node.name] += 1
 
-    def closed(self, node: Node) -> None:
-        """One connection less at ``node``."""
-        self._open[node.name] = max(0, self._open[node.name] - 1)
+PlaceFunction = Callable[[str, tuple[Node, ...]], "Node | str"]
+"""From a key and the nodes that are fit to one of them, or its name."""
 
 
 class Replicated(Partitioned):
@@ -247,28 +244,70 @@ class Replicated(Partitioned):
         return tuple(found)
 
 
-_KINDS: dict[str, type[Partitioned] | type[RoundRobin] | type[LeastConnections]] = {
-    "partitioned": Partitioned,
-    "round-robin": RoundRobin,
-    "least-connections": LeastConnections,
-}
+class PlacementFault(PrismError):
+    """An operator's placement function has failed; the log has its traceback."""
+
+
+class Chosen(_Base):
+    """An operator's function. What it raises or returns by mistake fails one request, not more."""
+
+    keyed = True
+
+    def __init__(self, nodes: Iterable[Node], function: PlaceFunction) -> None:
+        super().__init__(nodes)
+        self._function = function
+
+    def choose(self, key: str, avoid: Container[str] = ()) -> Node:
+        """As :meth:`Placement.choose`.
+
+        Raises:
+            NoNode: as there.
+            PlacementFault: the function failed.
+        """
+        fit = tuple(node for node in self.nodes if node.name not in avoid) if avoid else self.nodes
+        if not fit:
+            raise NoNode("no backend is left to place this request at")
+        try:
+            found = self._function(key, fit)
+            name = found.name if isinstance(found, Node) else found
+            node = next((node for node in fit if node.name == name), None)
+            if node is None:
+                raise ValueError(f"it returned {found!r}, which is none of the nodes it was given")
+        except Exception:
+            log.exception("the placement function failed")
+            raise PlacementFault("the placement function failed") from None
+        return node
 
 
 def placement_from(config: Config) -> Placement:
     """The placement that ``[placement]`` and ``[[nodes]]`` describe.
 
     Raises:
-        ConfigError: there are no nodes.
+        ConfigError: there are no nodes, or the function cannot be loaded.
     """
     return placement_of(config.placement, map(Node.of, config.nodes))
 
 
-def placement_of(settings: PlacementConfig, nodes: Iterable[Node]) -> Placement:
+def placement_of(
+    settings: PlacementConfig, nodes: Iterable[Node], loads: Loads | None = None
+) -> Placement:
     """A placement over some of the nodes.
 
+    Args:
+        settings: which.
+        nodes: to choose from.
+        loads: how many connections they have; by default nothing is known.
+
     Raises:
-        ConfigError: there are no nodes.
+        ConfigError: there are no nodes, or the function cannot be loaded.
     """
     if settings.replicated:
         return Replicated(nodes, settings.replicas)
-    return _KINDS[settings.name](nodes)
+    if settings.name == "round-robin":
+        return RoundRobin(nodes)
+    if settings.name == "least-connections":
+        return LeastConnections(nodes, loads or Loads())
+    if settings.function is not None:
+        where = "placement.function"
+        return Chosen(nodes, load_function(where, settings.function, settings.function_dir))
+    return Partitioned(nodes)

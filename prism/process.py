@@ -2,7 +2,8 @@
 
 A role is a coroutine function ``main(worker, stop)``: it serves until the event ``stop`` is set,
 then lets open work end and returns. One worker runs in the process itself; several are forked
-from a supervisor that starts a dead one again and passes SIGTERM on.
+from a supervisor that starts a dead one again (not one that returned by itself) and passes SIGTERM
+on.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ _on_reload: list[Callable[[], None]] = []
 _SETTLED = 2.0  # seconds after which a worker counts as started
 _BACK_OFF = (0.1, 5.0)  # first and longest pause before a dead worker is started again, seconds
 _LAST_WORD = 2.0  # seconds from cancellation, or SIGTERM's end of patience, to the hard end
+_FINISHED = 77  # exit code of a worker that nobody has asked to stop
 _libc = ctypes.CDLL(None, use_errno=True)
 _log = logging.getLogger(__name__)
 
@@ -93,7 +95,8 @@ def serve(
     harden()
     configure(telemetry, names[0] if len(names) == 1 else names[0].partition("/")[0])
     if len(names) == 1:
-        return _work(main, 0, patience)
+        code = _work(main, 0, patience)
+        return 0 if code == _FINISHED else code
     return _Supervisor(main, names, telemetry, patience).run()
 
 
@@ -101,7 +104,7 @@ def _work(main: Main, worker: int, patience: float) -> int:
     """One worker's life; the exit code."""
     gc.freeze()  # what is loaded by now stays: the collector need not look at it again
     try:
-        uvloop.run(_until_stopped(main, worker, patience))
+        asked = uvloop.run(_until_stopped(main, worker, patience))
     except PrismError as error:
         _log.error("%s", error)
         return 1
@@ -111,10 +114,11 @@ def _work(main: Main, worker: int, patience: float) -> int:
     except Exception:
         _log.critical("a fault in Prism itself", exc_info=True)
         return 70
-    return 0
+    return 0 if asked else _FINISHED
 
 
-async def _until_stopped(main: Main, worker: int, patience: float) -> None:
+async def _until_stopped(main: Main, worker: int, patience: float) -> bool:
+    """Run a role to its end; whether that came by a signal."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     task = asyncio.ensure_future(main(worker, stop))
@@ -142,6 +146,7 @@ async def _until_stopped(main: Main, worker: int, patience: float) -> None:
         os._exit(75)
     with contextlib.suppress(asyncio.CancelledError):
         task.result()
+    return stop.is_set()
 
 
 @dataclass(slots=True)
@@ -150,6 +155,7 @@ class _Child:
     since: float
     pause: float = 0.0
     settled: bool = False
+    done: bool = False  # it has ended because it wanted to: drained
     due: float = 0.0  # when to start it again; 0: it runs
 
 
@@ -181,6 +187,8 @@ class _Supervisor:
                 if number is not None and number.si_signo == signal.SIGHUP:
                     self._pass_on(signal.SIGHUP)
                 code = self._reap()
+                if all(child.done for child in self._children):
+                    break
                 self._restart()
         finally:
             self._stop()
@@ -219,15 +227,19 @@ class _Supervisor:
         """Note the dead; the exit code of a worker that died while starting first, or 0."""
         now = time.monotonic()
         for child, name in zip(self._children, self._names, strict=True):
-            if child.due:
+            if child.due or child.done:
                 continue
             child.settled = child.settled or now - child.since > _SETTLED
             pid, status = os.waitpid(child.pid, os.WNOHANG)
             if pid == 0:
                 continue
             code = os.waitstatus_to_exitcode(status)
-            _log.error("worker %s ended with %d", name, code)
             child.pid = 0
+            if code == _FINISHED:
+                child.done = True
+                _log.info("worker %s has ended", name)
+                continue
+            _log.error("worker %s ended with %d", name, code)
             if not child.settled:
                 return code if code > 0 else 70
             # A worker that lived a while starts anew with the shortest pause.

@@ -24,7 +24,7 @@ __all__ = ["reload_node"]
 
 log = logging.getLogger(__name__)
 
-_APPLIED = ("policy", "nodes", "pools", "placement")
+_APPLIED = ("policy", "nodes", "pools", "placement", "health")
 _RESTART = ("cluster", "tls", "telemetry")
 # Of [frontend] and [backend]: what is looked at when it is needed, not only at the start.
 _SERVING = frozenset(
@@ -59,12 +59,13 @@ def reload_node(node: Node) -> list[str]:
         raise ConfigError(f"{node.config.source}: has no [{node.role}] section any more")
     if problem := replication_changed(node.config, new):
         raise ConfigError(f"{node.config.source}: {problem}")
-    policy, pools = Policy(new.policy, node.route), Pools(new)  # whatever may fail comes first
+    policy = Policy(new.policy, node.route)  # whatever may fail comes first
+    pools = Pools(new, node.peers.loads)
     changed = [name for name in _APPLIED if getattr(new, name) != getattr(node.config, name)]
     if "policy" in changed:
         node.policy = policy
-    if {"nodes", "pools", "placement"} & set(changed):
-        node.peers.change(pools)
+    if {"nodes", "pools", "placement", "health"} & set(changed):
+        node.peers.change(pools, new.health)
         node.listing.nodes = pools.nodes
     changed += _apply_serving(node, serving)
     if node.reload_certificates():

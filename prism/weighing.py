@@ -84,6 +84,8 @@ class Weigher:
 
     def handed_over(self, connection: Connection) -> None:
         """A handoff has just succeeded."""
+        if connection.head is None:
+            return  # without a request; nobody waited for it
         self.adaptive.costs.handoff((monotonic_ns() - connection.asked_ns) / 1e9)
 
     def answered(self, connection: Connection, exchange: Exchange) -> None:

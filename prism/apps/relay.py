@@ -22,6 +22,7 @@ from prism.apps.upstream import (
     ResponseHead,
     Upstream,
     UpstreamError,
+    UpstreamFailed,
     connection_options,
 )
 from prism.http.body import ClientGone
@@ -81,6 +82,11 @@ class Relay:
         """Closes all idle connections."""
         for pool in self._pools.values():
             pool.close_idle()
+
+    def close_idle(self, address: Address) -> None:
+        """Closes the idle connections to one upstream server."""
+        if address in self._pools:
+            self._pools[address].close_idle()
 
     def end_tunnels(self) -> None:
         """Closes the connections that have been switched to other protocols."""
@@ -267,7 +273,7 @@ class Relay:
             except TimeoutError:
                 if sender is not None and not sender.done():
                     continue  # the request is still on its way; its sender has its own time-outs
-                raise HttpError(504, "the upstream took too long to respond") from None
+                raise UpstreamFailed(504, "the upstream took too long to respond") from None
             if head.status >= 200 or head.status == 101:
                 return head
             interim += 1
@@ -334,7 +340,7 @@ def _can_repeat(exchange: Exchange, upstream: Upstream, error: UpstreamError) ->
 def _failure(exchange: Exchange, error: UpstreamError) -> HttpError | ClientGone:
     if exchange.started:
         return ClientGone(f"the response was cut off: {error}")
-    return HttpError(502, str(error))
+    return UpstreamFailed(502, str(error))
 
 
 def request_head(

@@ -27,6 +27,7 @@ __all__ = [
     "ResponseHead",
     "Upstream",
     "UpstreamError",
+    "UpstreamFailed",
     "connection_options",
 ]
 
@@ -53,6 +54,14 @@ class UpstreamError(PrismError):
     def __init__(self, detail: str, *, silent: bool = False) -> None:
         super().__init__(detail)
         self.silent = silent
+
+
+class UpstreamFailed(HttpError):
+    """The upstream server did not answer: 502, 503 or 504 for the client."""
+
+
+class NotSent(UpstreamFailed):
+    """There is no connection upstream; nothing of the request was sent."""
 
 
 class ResponseHead(NamedTuple):
@@ -295,10 +304,6 @@ class Upstream:
                 raise UpstreamError("the upstream's body ends before its last chunk")
             self._buffer += more
         return b""
-
-
-class NotSent(HttpError):
-    """There is no connection upstream; nothing of the request was sent."""
 
 
 class Pool:

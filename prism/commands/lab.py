@@ -219,11 +219,13 @@ def status(name: str, as_json: bool) -> None:
     from rich.table import Table  # noqa: PLC0415
 
     table = Table(title=f"lab {name}: {document['url']}", title_justify="left")
-    for heading in ("node", "role", "address", "namespace", "pids"):
+    for heading in ("node", "role", "address", "namespace", "pids", "health"):
         table.add_column(heading)
     for node, entry in document["nodes"].items():
         pids = " ".join(map(str, entry["pids"])) if entry["alive"] else "[red]ended[/red]"
-        table.add_row(node, entry["role"], entry["address"], entry["namespace"], pids)
+        table.add_row(
+            node, entry["role"], entry["address"], entry["namespace"], pids, entry["health"]
+        )
     console = Console()
     console.print(table)
     counters = "  ".join(f"{key} {value}" for key, value in document["counters"].items())

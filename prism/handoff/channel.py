@@ -26,7 +26,7 @@ from prism.handoff import wire
 from prism.handoff.connection import ChannelCounters, Connection, Shared, node_of, serve
 from prism.handoff.link import Answer, Link, LinkLost, TimedOut, answer_event
 from prism.handoff.secure import Distrust, Why
-from prism.handoff.wire import Hello, Message, Offer, Ping, Reason, Refused, Sealer, Taken
+from prism.handoff.wire import Hello, Message, Offer, Ping, Reason, Refused, Sealer, State, Taken
 from prism.tls.identity import Identity
 
 __all__ = [
@@ -77,6 +77,7 @@ class Channel:
         self._links: dict[str, Link] = {}
         self._callers: dict[Caller, None] = {}  # in the order they came
         self._servers: list[asyncio.Server] = []
+        self._state = State()
 
     @property
     def counters(self) -> ChannelCounters:
@@ -129,6 +130,19 @@ class Channel:
             transport = caller.transport
             if caller.ready and transport and transport.get_write_buffer_size() < MAX_UNREAD:
                 caller.write(caller.sealer.report(data))
+
+    @property
+    def state(self) -> State:
+        """What callers are told of this node, now and when they come."""
+        return self._state
+
+    def tell(self, state: State) -> None:
+        """Tell all callers how this node is. Who is slow to read gets it with the next change."""
+        self._state = state
+        for caller in self._callers:
+            transport = caller.transport
+            if caller.ready and transport and transport.get_write_buffer_size() < MAX_UNREAD:
+                caller.write(caller.sealer.state(state))
 
     def admit(self, caller: Caller) -> bool:
         """Count a new caller in, or turn it away.
@@ -207,9 +221,12 @@ class Caller(Connection):
             self.counters.offers_received += 1
             self.channel.on_offer(message, Reply(self, message.id))
         elif type(message) is Ping and self._greeted:
-            if not self.ready:
+            news = not self.ready
+            if news:
                 self.established()
             self.write(self.sealer.pong(message.id))
+            if news:
+                self.write(self.sealer.state(self.channel.state))
         elif type(message) is Hello and not self._greeted:
             self._greet(message)
         else:

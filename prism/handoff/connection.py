@@ -17,7 +17,7 @@ from typing import cast
 from prism.errors import ProtocolError
 from prism.flow import Endpoint
 from prism.handoff.secure import Complaints, Distrust, End, Why
-from prism.handoff.wire import Decoder, Fault, Message, Sealer, WireError
+from prism.handoff.wire import Decoder, Fault, Message, Sealer, State, WireError
 from prism.tls.identity import Identity
 
 __all__ = ["ChannelCounters", "Connection", "Shared", "connect", "node_of", "serve"]
@@ -91,6 +91,8 @@ class Shared:
     silence: float = SILENCE
     handshake_time: float = HANDSHAKE_TIME
     on_report: Callable[[bytes], None] = lambda data: None
+    on_state: Callable[[str, State], None] = lambda peer, state: None
+    on_link: Callable[[str, bool], None] = lambda peer, up: None
 
 
 async def serve(

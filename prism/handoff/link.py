@@ -18,7 +18,18 @@ from prism.handoff import wire
 from prism.handoff.connection import Connection, Shared, connect, node_of
 from prism.handoff.machine import Event
 from prism.handoff.secure import Distrust, Why
-from prism.handoff.wire import Hello, Message, Offer, Pong, Reason, Refused, Report, Sealer, Taken
+from prism.handoff.wire import (
+    Hello,
+    Message,
+    Offer,
+    Pong,
+    Reason,
+    Refused,
+    Report,
+    Sealer,
+    State,
+    Taken,
+)
 
 __all__ = ["Answer", "Link", "LinkLost", "OnAnswer", "TimedOut", "answer_event"]
 
@@ -157,6 +168,7 @@ class Link:
         """The handshake is done."""
         self._calling = calling
         self._up.set()
+        self.shared.on_link(self.peer, True)
 
     def down(self, calling: Calling) -> None:
         """The connection is gone; all that was outstanding on it is uncertain."""
@@ -164,6 +176,7 @@ class Link:
             return
         self._calling = None
         self._up.clear()
+        self.shared.on_link(self.peer, False)
         lost, self._outstanding = self._outstanding, {}
         self._late = 0
         for entry in lost.values():
@@ -280,6 +293,8 @@ class Calling(Connection):
             self.link.answered(message.id, message)
         elif type(message) is Report and self.ready:
             self.shared.on_report(message.data)
+        elif type(message) is State and self.ready:
+            self.shared.on_state(self.link.peer, message)
         elif type(message) is Pong and self._greeted:
             if not self.ready:
                 self.established()

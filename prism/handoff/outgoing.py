@@ -206,6 +206,9 @@ class Outgoing:
         cause = self.machine.why
         if cause in (Event.TIMED_OUT, Event.LINK_LOST):
             self._reporter.taken_back(self)
+        if self.connection.head is None:
+            self.connection.stay()
+            return
         self.connection.attach()
         self._reporter.serve_here(self.connection, self.why)
 
@@ -236,7 +239,7 @@ class Outgoing:
             self._tls,
             connection.stream.pending,
             connection.hops,
-            connection.asked_ns,
+            connection.asked_ns or monotonic_ns(),
             monotonic_ns(),
         )
         self._state = self._tls = b""

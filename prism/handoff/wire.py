@@ -47,6 +47,7 @@ __all__ = [
     "Refused",
     "Report",
     "Sealer",
+    "State",
     "Taken",
     "WireError",
     "hello_keys",
@@ -67,6 +68,7 @@ _HEADER = struct.Struct("!IBBHQ")  # length, version, type, reserved, counter
 _OFFER = struct.Struct(f"!QQQQ{FLOW_SIZE}sBxxxIII")
 _ID = struct.Struct("!Q")
 _REFUSED = struct.Struct("!QB")
+_STATE = struct.Struct("!BI")
 _OVERHEAD = _HEADER.size + _MAC_SIZE
 MAX_BODY = MAX_OFFER + _OFFER.size
 
@@ -179,9 +181,21 @@ class Report(NamedTuple):
     data: bytes = b""
 
 
-Message = Hello | Offer | Taken | Refused | Ping | Pong | Report
+class State(NamedTuple):
+    """How the listener is, for whoever calls it.
+
+    Attributes:
+        draining: it wants no more connections, and will soon be gone.
+        connections: how many clients' connections it has.
+    """
+
+    draining: bool = False
+    connections: int = 0
+
+
+Message = Hello | Offer | Taken | Refused | Ping | Pong | Report | State
 _HELLO_TYPE, _OFFER_TYPE, _TAKEN_TYPE, _REFUSED_TYPE = range(1, 5)
-_PING_TYPE, _PONG_TYPE, _REPORT_TYPE = range(5, 8)
+_PING_TYPE, _PONG_TYPE, _REPORT_TYPE, _STATE_TYPE = range(5, 9)
 
 
 def _derive(key: bytes, purpose: bytes, data: bytes = b"") -> bytes:
@@ -265,6 +279,10 @@ class Sealer:
     def report(self, data: bytes) -> bytes:
         """A REPORT frame, of up to ``MAX_REPORT`` octets."""
         return self._seal(_REPORT_TYPE, data)
+
+    def state(self, state: State) -> bytes:
+        """A STATE frame."""
+        return self._seal(_STATE_TYPE, _STATE.pack(state.draining, state.connections))
 
 
 class Decoder:
@@ -353,6 +371,9 @@ def _parse(kind: int, data: bytes | bytearray, at: int, end: int) -> Message:
             return Pong(*_ID.unpack_from(data, at))
         if kind == _REPORT_TYPE and end - at <= MAX_REPORT:
             return Report(bytes(data[at:end]))
+        if kind == _STATE_TYPE and end - at == _STATE.size:
+            flags, connections = _STATE.unpack_from(data, at)
+            return State(bool(flags & 1), connections)
         if kind == _HELLO_TYPE:
             return _parse_hello(bytes(data[at:end]))
     except (struct.error, IndexError, UnicodeDecodeError):

@@ -293,6 +293,11 @@ class Connection:
         """The handoff failed and the socket is alive again: the request is still to be served."""
         self.state = State.DECIDING
 
+    def stay(self) -> None:
+        """The handoff failed, and there was no request yet: wait for one as before."""
+        self.state = State.IDLE
+        self.start()
+
     def moved(self) -> None:
         """The handoff succeeded and its socket is closed: nothing is left here."""
         self._gone()

@@ -44,6 +44,7 @@ def status(cluster: Cluster) -> dict[str, Any]:
                     else ()
                 ),
                 "log": str(node.log),
+                "health": _health(told, name),
             }
             for name, node in cluster.nodes.items()
         },
@@ -57,6 +58,17 @@ def status(cluster: Cluster) -> dict[str, Any]:
             "dropped_packets": _sum([switch], "dropped_packets"),
         },
     }
+
+
+def _health(told: dict[str, list[dict[str, Any]]], name: str) -> str:
+    """How the others find a backend: ``fit``, or what is wrong with it; empty: not asked for."""
+    found = {
+        document["health"][name]["state"]
+        for documents in told.values()
+        for document in documents
+        if name in document.get("health", {})
+    }
+    return ", ".join(sorted(found))
 
 
 def _sum(documents: list[dict[str, Any]], key: str) -> int:

@@ -16,7 +16,7 @@ __all__ = ["settings_of"]
 
 P4RUNTIME = "127.0.0.1:9559"  # the soft switch's service, in the switch's namespace
 _ROLES = ("frontend", "backend", "switch")
-_COMMON = ("cluster", "placement", "telemetry")
+_COMMON = ("cluster", "placement", "health", "telemetry")
 _TLS = ("frontend", "backend")  # roles that serve clients; only frontends have the keys
 
 
@@ -43,6 +43,7 @@ def settings_of(cluster: Cluster, node: Node) -> dict[str, Any]:
         },
         "placement": {"name": options.placement}
         | ({"replicas": options.replicas} if options.placement == "replicated" else {}),
+        "health": {},
         "telemetry": {
             "status_socket": str(cluster.dir / f"run/{node.name}.sock"),
             "log_format": "json",

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from time import perf_counter
 
 from prism.config_policy import PolicyConfig, RuleConfig
 from prism.errors import ConfigError
 from prism.http.head import RequestHead
+from prism.loading import load_function
 from prism.policy import conditions
 from prism.policy.conditions import Condition
 from prism.policy.decision import AUTO, Action, Decision, Edits
 from prism.policy.limits import RateLimit
 from prism.policy.subject import Subject
 
-__all__ = ["Policy", "Route", "Rule", "Step", "load_route"]
+__all__ = ["Policy", "Route", "Rule", "Step"]
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +91,7 @@ class Policy:
             raise ConfigError(f"policy: {error}") from None
         self._route = route
         if route is None and config.route:
-            self._route = load_route(config.route, config.route_dir)
+            self._route = load_function("policy.route", config.route, config.route_dir)
         self._default = _default(config.default)
         self.faults = 0
         self.trivial = not self.rules and self._route is None and self._default is AUTO
@@ -151,26 +149,6 @@ class Policy:
         if took > SLOW:
             log.warning("the routing function took %.1f ms: all connections wait", took * 1e3)
         return decision
-
-
-def load_route(reference: str, directory: Path | None = None) -> Route:
-    """The function that ``module:attribute`` names, found in ``directory``, too.
-
-    Raises:
-        ConfigError: it cannot be imported, or called.
-    """
-    module, _, attribute = reference.partition(":")
-    if directory is not None and str(directory) not in sys.path:
-        sys.path.insert(0, str(directory))
-    try:
-        found: object = importlib.import_module(module)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except Exception as error:
-        raise ConfigError(f"policy.route: {reference} cannot be imported: {error}") from None
-    if not callable(found):
-        raise ConfigError(f"policy.route: {reference} is not a function")
-    return found
 
 
 _FAULT = Decision.deny(500, "the routing function failed", rule="policy.route")

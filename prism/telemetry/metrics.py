@@ -112,6 +112,8 @@ _LABELLED = {
         "Requests of other nodes, by what was chosen for them",
     ),
     "requests": (("method", "status"), "Requests answered"),
+    "health_checks": (("node", "result"), "Checks of other nodes"),
+    "health_changes": (("node", "change"), "Nodes that became fit or unfit for requests"),
     "bad_requests": (("status",), "Requests refused as malformed or too large"),
     "tls_alerts": (("alert",), "TLS connections given up for what the client sent"),
     "control_errors": (("operation", "status"), "Switch operations that did not succeed"),
@@ -128,8 +130,8 @@ class Metrics(Collector):
     Attributes:
         accepted, handoffs_out, handoffs_in, take_backs, renewals, bytes_in, bytes_out,
             bodies_cut, heads_timed_out, connections_refused: counters; add to them.
-        refusals, relays, decisions, handoff_choices, requests, bad_requests, tls_alerts,
-            control_errors: :class:`LabelledCounter`.
+        refusals, relays, decisions, handoff_choices, requests, health_checks, health_changes,
+            bad_requests, tls_alerts, control_errors: :class:`LabelledCounter`.
         connections, handoffs_pending: gauges; set, or add and subtract.
         handoff_time: from the decision to the new owner's answer.
     """
@@ -151,6 +153,8 @@ class Metrics(Collector):
     decisions: LabelledCounter
     handoff_choices: LabelledCounter
     requests: LabelledCounter
+    health_checks: LabelledCounter
+    health_changes: LabelledCounter
     bad_requests: LabelledCounter
     tls_alerts: LabelledCounter
     control_errors: LabelledCounter

@@ -1,7 +1,8 @@
 """The status socket: what a process tells about itself to whoever runs it.
 
 HTTP/1.0 on a unix socket that only its owner can open: ``GET /status`` is a JSON document,
-``GET /metrics`` the Prometheus text. A TCP listener, for Prometheus, answers ``/metrics`` alone.
+``GET /metrics`` the Prometheus text, ``POST /drain?SECONDS`` an action. A TCP listener, for
+Prometheus, answers ``/metrics`` alone.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import http.client
 import json
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,16 @@ from prism.errors import PrismError
 from prism.flow import Endpoint
 from prism.telemetry.metrics import Exposition
 
-__all__ = ["StatusServer", "read_status"]
+__all__ = ["StatusServer", "act", "read_status"]
 
 _MAX_REQUEST = 4096
+_MAX_NUMBER = 86400
 _REQUEST_TIMEOUT = 2.0
 _MAX_CLIENTS = 32
 _MAX_STATUS = 4 * 1024 * 1024
+
+
+_Pages = Mapping[str, Callable[[str], tuple[str, bytes]]]
 
 
 class StatusServer:
@@ -34,11 +40,18 @@ class StatusServer:
     Args:
         status: called for each ``GET /status``; returns what :func:`json.dumps` can write.
         metrics: rendered for ``GET /metrics``.
+        actions: by name; called with a number for each ``POST /NAME?NUMBER``.
     """
 
-    def __init__(self, status: Callable[[], dict[str, Any]], metrics: Exposition) -> None:
+    def __init__(
+        self,
+        status: Callable[[], dict[str, Any]],
+        metrics: Exposition,
+        actions: Mapping[str, Callable[[float], None]] | None = None,
+    ) -> None:
         self._status = status
         self._metrics = metrics
+        self._actions = actions or {}
         self._path: Path | None = None
         self._servers: list[asyncio.Server] = []
         self._clients = 0
@@ -65,22 +78,31 @@ class StatusServer:
             self._path = None
 
     async def _local(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await self._answer(reader, writer, {"/status": self._status_page, "/metrics": self._text})
+        pages: _Pages = {"GET /status": self._status_page, "GET /metrics": self._text}
+        acts = {f"POST /{name}": partial(self._act, name) for name in self._actions}
+        await self._answer(reader, writer, {**pages, **acts})
 
     async def _remote(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await self._answer(reader, writer, {"/metrics": self._text})
+        await self._answer(reader, writer, {"GET /metrics": self._text})
 
-    def _status_page(self) -> tuple[str, bytes]:
+    def _status_page(self, query: str = "") -> tuple[str, bytes]:
         return "application/json", json.dumps(self._status(), default=str).encode()
 
-    def _text(self) -> tuple[str, bytes]:
+    def _act(self, name: str, query: str) -> tuple[str, bytes]:
+        number = float(query)
+        if not 0 <= number <= _MAX_NUMBER:
+            raise ValueError("out of bounds")
+        self._actions[name](number)
+        return self._status_page()
+
+    def _text(self, query: str = "") -> tuple[str, bytes]:
         return "text/plain; version=0.0.4", self._metrics.text()
 
     async def _answer(
         self,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
-        pages: dict[str, Callable[[], tuple[str, bytes]]],
+        pages: _Pages,
     ) -> None:
         self._clients += 1
         try:
@@ -97,16 +119,21 @@ class StatusServer:
             writer.close()
 
 
-def _response(head: bytes, pages: dict[str, Callable[[], tuple[str, bytes]]]) -> bytes:
+def _response(head: bytes, pages: _Pages) -> bytes:
     method, _, rest = head[:_MAX_REQUEST].decode("latin-1").partition(" ")
-    page = pages.get(rest.partition(" ")[0])
-    if method != "GET":
-        status, kind, body = "405 Method Not Allowed", "text/plain", b"GET only\n"
-    elif page is None:
-        status, kind, body = "404 Not Found", "text/plain", (" ".join(pages) + "\n").encode()
+    path, _, query = rest.partition(" ")[0].partition("?")
+    page = pages.get(f"{method} {path}")
+    kind = "text/plain"
+    if page is not None:
+        try:
+            kind, body = page(query)
+            status = "200 OK"
+        except ValueError:
+            status, body = "400 Bad Request", f"{query!r} is no number that can be\n".encode()
+    elif any(each.endswith(f" {path}") for each in pages):
+        status, body = "405 Method Not Allowed", ("\n".join(pages) + "\n").encode()
     else:
-        status = "200 OK"
-        kind, body = page()
+        status, body = "404 Not Found", ("\n".join(pages) + "\n").encode()
     start = f"HTTP/1.0 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
     return start.encode() + body
 
@@ -152,9 +179,22 @@ def read_status(path: str | Path, timeout: float = 2.0) -> dict[str, Any]:
     Raises:
         PrismError: nobody answers at ``path`` within ``timeout`` seconds, or not with a status.
     """
+    return _ask(path, "GET", "/status", timeout)
+
+
+def act(path: str | Path, name: str, number: float, timeout: float = 2.0) -> dict[str, Any]:
+    """Have a process do something; its status afterwards.
+
+    Raises:
+        PrismError: as for :func:`read_status`.
+    """
+    return _ask(path, "POST", f"/{name}?{number:g}", timeout)
+
+
+def _ask(path: str | Path, method: str, target: str, timeout: float) -> dict[str, Any]:
     connection = _UnixConnection(Path(path), timeout)
     try:
-        connection.request("GET", "/status")
+        connection.request(method, target)
         document = json.loads(connection.getresponse().read(_MAX_STATUS))
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise PrismError(f"no status from {path}: {error or type(error).__name__}") from None

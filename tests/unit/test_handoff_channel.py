@@ -36,6 +36,7 @@ from prism.handoff.channel import (
     answer_event,
 )
 from prism.handoff.machine import Event
+from prism.handoff.wire import State
 from prism.tls import pki
 from prism.tls.identity import Identity, IdentityError, IdentityFiles
 
@@ -199,6 +200,23 @@ async def test_reports_reach_all_callers():
         there.report(b"x" * wire.MAX_REPORT)
         await until(lambda: len(heard) == 2)
         assert set(heard) == {b"x" * wire.MAX_REPORT}
+
+
+async def test_callers_are_told_how_a_node_is():
+    """When their link is up, and when it changes; and that a link is up, or down."""
+    async with channel("be1/0") as there, channel("fe1/0") as here:
+        told, links = [], []
+        here.shared.on_state = lambda peer, state: told.append((peer, state))
+        here.shared.on_link = lambda peer, up: links.append((peer, up))
+        there.tell(State(connections=7))
+        way = here.link("be1/0", await there.listen(ANYWHERE))
+        assert await way.wait_connected(3)
+        await until(lambda: told == [("be1/0", State(False, 7))])
+        there.tell(State(draining=True))
+        await until(lambda: told[1:] == [("be1/0", State(True, 0))])
+        assert links == [("be1/0", True)]
+        way.close()
+        assert links == [("be1/0", True), ("be1/0", False)]
 
 
 async def test_a_large_state_passes():

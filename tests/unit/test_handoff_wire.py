@@ -22,6 +22,7 @@ from prism.handoff.wire import (
     Refused,
     Report,
     Sealer,
+    State,
     Taken,
     WireError,
 )
@@ -49,6 +50,7 @@ messages = st.one_of(
     st.builds(Ping, numbers),
     st.builds(Pong, numbers),
     st.builds(Report, st.binary(max_size=wire.MAX_REPORT)),
+    st.builds(State, st.booleans(), st.integers(0, 2**32 - 1)),
 )
 hellos = st.builds(
     Hello,
@@ -73,6 +75,8 @@ def seal(sealer: Sealer, message: object) -> bytes:
             return sealer.pong(number)
         case Report(data):
             return sealer.report(data)
+        case State():
+            return sealer.state(message)
         case Hello():
             return sealer.hello(message)
     raise AssertionError(message)

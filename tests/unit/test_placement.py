@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import timeit
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from prism.config import NodeConfig, parse
+from prism.config_placement import PlacementConfig
 from prism.errors import ConfigError
 from prism.flow import Endpoint
+from prism.loads import Loads
 from prism.placement import (
+    Chosen,
     LeastConnections,
     Node,
     NoNode,
     Partitioned,
+    PlacementFault,
     Replicated,
     RoundRobin,
     placement_from,
+    placement_of,
 )
 
 KEYS = [f"/bucket/object-{number}" for number in range(20_000)]
@@ -72,7 +78,7 @@ def test_keys_with_any_octets_have_a_home() -> None:
     assert Partitioned(nodes(1, 1)).choose("/\udcff\udc80\x00") in nodes(1, 1)
 
 
-@pytest.mark.parametrize("kind", [Partitioned, RoundRobin, LeastConnections])
+@pytest.mark.parametrize("kind", [Partitioned, RoundRobin, lambda n: LeastConnections(n, Loads())])
 def test_nodes_to_avoid_are_avoided_until_none_is_left(kind: type) -> None:
     placement = kind(nodes(1, 1, 1))
     chosen = {placement.choose(key, {"be1", "be3"}).name for key in KEYS[:50]}
@@ -90,19 +96,75 @@ def test_round_robin_is_smooth_and_weighted() -> None:
 
 
 def test_least_connections_fills_the_emptiest() -> None:
-    placement = LeastConnections(nodes(1, 1, 2))
+    loads = Loads()
+    placement = LeastConnections(nodes(1, 1, 2), loads)
     counts: Counter[str] = Counter()
     for _ in range(40):
         node = placement.choose("")
-        placement.opened(node)
+        loads.handed_over(node.worker_names[0])
         counts[node.name] += 1
     assert counts == {"be1": 10, "be2": 10, "be3": 20}
-    for _ in range(10):
-        placement.closed(placement.nodes[0])
+    loads.told("be1/0", 0)  # its clients have gone
     assert [placement.choose("").name for _ in range(3)] == ["be1"] * 3
-    for _ in range(99):
-        placement.closed(placement.nodes[1])  # never below zero
-    assert placement._open["be2"] == 0
+
+
+def test_loads_are_what_nodes_tell_and_what_they_cannot_know_yet() -> None:
+    loads = Loads()
+    loads.told("be1/0", 3)
+    loads.told("be1/1", 4)
+    loads.opened("be1")  # an offer is on its way
+    assert loads.of("be1") == 8
+    loads.handed_over("be1/1")  # taken, and not told of yet
+    loads.closed("be1")
+    assert loads.of("be1") == 8
+    loads.told("be1/1", 5)
+    assert loads.of("be1") == 8
+    loads.told("be1/0", 0)
+    assert loads.snapshot() == {"be1": 5}
+    loads.lost("be1/1")
+    assert loads.of("be1") == loads.of("be2") == 0
+    for _ in range(9):
+        loads.closed("be1")  # never below zero
+    assert loads.of("be1") == 0
+
+
+def by_length(key: str, fit: tuple[Node, ...]) -> Node | str:
+    if key == "raise":
+        raise LookupError("no such shard")
+    if key == "nonsense":
+        return "be9"
+    node = fit[len(key) % len(fit)]
+    return node.name if key.startswith("name") else node
+
+
+def test_a_function_chooses_and_its_faults_are_contained(caplog: pytest.LogCaptureFixture) -> None:
+    placement = Chosen(nodes(1, 1, 1), by_length)
+    assert placement.keyed
+    assert [placement.choose(key).name for key in ("", "a", "names")] == ["be1", "be2", "be3"]
+    assert placement.choose("a", {"be2"}).name == "be3"
+    with pytest.raises(NoNode):
+        placement.choose("a", {"be1", "be2", "be3"})
+    for key, says in (("raise", "no such shard"), ("nonsense", "be9")):
+        with pytest.raises(PlacementFault, match="the placement function failed"):
+            placement.choose(key)
+        assert says in caplog.text
+
+
+def test_a_function_is_loaded_from_its_directory(tmp_path: Path) -> None:
+    (tmp_path / "shards_of_mine.py").write_text("def place(key, nodes):\n    return nodes[-1]\n")
+    settings = PlacementConfig(
+        name="callable", function="shards_of_mine:place", function_dir=tmp_path
+    )
+    assert placement_of(settings, nodes(1, 1)).choose("x").name == "be2"
+    for reference in ("shards_of_mine:other", "no_such_module:place", "shards_of_mine:__name__"):
+        with pytest.raises(ConfigError, match=r"placement\.function"):
+            placement_of(settings.model_copy(update={"function": reference}), nodes(1))
+
+
+@pytest.mark.parametrize("keys", [{"name": "callable"}, {"function": "a:b"}])
+def test_a_function_and_the_placement_by_one_go_together(keys: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="function goes with"):
+        PlacementConfig(**keys)
 
 
 def test_a_flow_keeps_its_worker_and_workers_share_evenly() -> None:

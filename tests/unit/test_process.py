@@ -105,6 +105,29 @@ def test_a_dead_worker_is_started_again_and_the_others_stay(start: Start, tmp_pa
     assert process.wait(timeout=PATIENCE) == 0
 
 
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_worker_that_has_ended_by_itself_is_left_alone(
+    start: Start, tmp_path: Path, workers: int
+) -> None:
+    body = """
+    async def main(worker, stop):
+        note(f"up{worker}")
+        while not stop.is_set() and not (here / f"end{worker}").exists():
+            await asyncio.sleep(0.01)
+    """
+    process = start(body, workers)
+    pids = [pid_in(tmp_path / f"up{i}") for i in range(workers)]
+    (tmp_path / "end0").touch()
+    wait_for(lambda: start_time(pids[0]) is None)
+    if workers > 1:
+        time.sleep(0.3)  # longer than the pause before a dead one is started again
+        assert all(start_time(pid) is not None for pid in pids[1:])
+        assert pid_in(tmp_path / "up0") == pids[0]
+    for worker in range(workers):
+        (tmp_path / f"end{worker}").touch()
+    assert process.wait(timeout=5) == 0
+
+
 def test_a_worker_that_cannot_start_ends_it_all_with_a_plain_message(start: Start) -> None:
     process = start(
         """

@@ -20,6 +20,7 @@ from prism.telemetry import (
     LabelledCounter,
     Metrics,
     StatusServer,
+    act,
     configure,
     event,
     read_status,
@@ -164,6 +165,21 @@ async def test_the_status_socket_answers_its_owner_only(tmp_path: Path) -> None:
     assert not path.exists()
     with pytest.raises(PrismError, match="no status from"):
         read_status(path)
+
+
+async def test_a_process_does_what_it_is_asked_to(tmp_path: Path) -> None:
+    path, seconds = tmp_path / "x.sock", []
+    server = StatusServer(lambda: {"asked": len(seconds)}, Metrics(), {"drain": seconds.append})
+    await server.start(path)
+    try:
+        assert await asyncio.to_thread(act, path, "drain", 2.5) == {"asked": 1}
+        assert seconds == [2.5]
+        for name, number in (("drain", -1), ("drain", float("nan")), ("status", 0), ("other", 0)):
+            with pytest.raises(PrismError, match="no status from"):
+                await asyncio.to_thread(act, path, name, number)
+        assert seconds == [2.5]
+    finally:
+        await server.close()
 
 
 async def test_a_dead_process_s_socket_is_replaced(tmp_path: Path) -> None:
