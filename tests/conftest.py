@@ -6,9 +6,14 @@ import os
 import uuid
 from collections.abc import Callable, Iterator
 
+import hypothesis
 import pytest
 
 from prism.lab.netns import Namespace
+
+# On a busy machine an example may take any time; pytest's own time-outs bound the tests.
+hypothesis.settings.register_profile("prism", deadline=None)
+hypothesis.settings.load_profile("prism")
 
 # scripts/test names its run, so that it can remove what an interrupted run leaves behind.
 RUN = os.environ.get("PRISM_TEST_TAG", "")
