@@ -32,12 +32,14 @@ __all__ = [
     "decode_all",
     "encode",
     "format_mac",
+    "has_form",
     "node_id",
     "packed_address",
     "parse_mac",
 ]
 
 MESSAGE_SIZE: Final = 120
+_FORM: Final = b"PRSM\x01"  # PRISM_MAGIC, PRISM_VERSION
 KEY_SIZE: Final = 16
 LIST_LIMIT: Final = 11  # messages in one LIST reply: what fits one frame of 1,500 octets over IPv6
 AGENT: Final = 0  # the switch agent's node id
@@ -185,6 +187,11 @@ def decode(data: bytes, key: bytes) -> Message:
     if fields is None:
         raise ProtocolError("not a control message signed with this key")
     return _message(fields)
+
+
+def has_form(data: bytes) -> bool:
+    """Whether a datagram is of the size and version of a control message, whoever signed it."""
+    return len(data) == MESSAGE_SIZE and data.startswith(_FORM)
 
 
 def decode_all(data: bytes, key: bytes) -> list[Message]:

@@ -19,7 +19,7 @@ from typing import Any, Final
 from prism.errors import ProtocolError, SwitchError
 from prism.flow import Endpoint
 from prism.switch.base import Change, DataPlane, Rule
-from prism.switch.control import AGENT, KEY_SIZE, Message, Op, Status, decode, encode
+from prism.switch.control import AGENT, KEY_SIZE, Message, Op, Status, decode, encode, has_form
 from prism.switch.listing import Lister
 from prism.switch.table import Outcome, RuleTable, rule_message
 
@@ -34,12 +34,13 @@ _MAX_BATCH: Final = 256  # changes in one call of the driver
 
 @dataclass(slots=True)
 class ServerCounters:
-    """What a server has seen since it was made."""
+    """What a server has seen since it was made; names are the eBPF switch's where it has them."""
 
     requests: int = 0
     refused: int = 0
-    bad_datagrams: int = 0
-    replays: int = 0
+    bad_format: int = 0
+    bad_mac: int = 0
+    replay: int = 0
     overflows: int = 0
     driver_errors: int = 0
     expired_nodes: int = 0
@@ -142,13 +143,16 @@ class SwitchServer(asyncio.DatagramProtocol):
         try:
             request = decode(data, self._key)
         except ProtocolError:
-            self.counters.bad_datagrams += 1
+            if has_form(data):
+                self.counters.bad_mac += 1
+            else:
+                self.counters.bad_format += 1
             return
         if request.is_reply:
             if request.op == Op.QUERY and self._on_reply is not None:
                 self._on_reply(request)
             else:
-                self.counters.bad_datagrams += 1
+                self.counters.bad_format += 1
             return
         if self.suspended and request.op != Op.HELLO:
             self.counters.overflows += 1
@@ -156,7 +160,7 @@ class SwitchServer(asyncio.DatagramProtocol):
         try:
             answer = self.table.admit(request, Endpoint.from_sockaddr(addr))
         except LookupError:
-            self.counters.replays += 1
+            self.counters.replay += 1
             return
         self.counters.requests += 1
         if answer is not None:

@@ -90,6 +90,11 @@ class Bed:
     def rules(self) -> int:
         return self.switch("rules")
 
+    @property
+    def slow_rules(self) -> bool:
+        """Whether a change of a rule takes about a millisecond, and is answered by a process."""
+        return self.cluster.options.switch == "p4runtime"
+
     def relays(self) -> dict[str, int]:
         """Why frontends relayed, and how often."""
         return dict(self.counters("fe1")["relays"])

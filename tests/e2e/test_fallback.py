@@ -82,7 +82,10 @@ def test_backend_that_cannot_import(make_bed: Callable[..., Bed]) -> None:
         assert conn.request("PUT", path, data).status in (200, 201, 204)
         answer = conn.request("GET", path)
         assert (answer.status, answer.sha256) == (200, digest(data))
-    assert bed.relays() == {"refused-import-failed": 2}
+    relays = bed.relays()
+    if bed.slow_rules:  # the second request may come before the rule of the first is gone
+        relays["refused-import-failed"] += relays.pop("handoff-pending", 0)
+    assert relays == {"refused-import-failed": 2}
     assert wait_for(lambda: bed.rules() == 0)
     handoffs = bed.switch("handoffs")
     assert _store_and_fetch(bed, "be1", "v4") == "be1/0"

@@ -254,7 +254,7 @@ async def test_what_is_lost_is_sent_again(direction: str) -> None:
         assert reply is not None
         assert (reply.status, reply.cookie, reply.locked) == (Status.OK, 3, True)
         assert client.counters.retransmissions == 2
-        assert server.counters.replays == 0
+        assert server.counters.replay == 0
         assert client.reachable
 
 
@@ -377,7 +377,7 @@ class TestQuery:
             query = Message(Op.QUERY, AGENT, 77, flow=flow, owner=client.id, gen=added.gen)
             await self.send(relay, query)
             await until(lambda: client.counters.queries == 1)
-            await until(lambda: server.counters.bad_datagrams == 1)  # it asked nothing itself
+            await until(lambda: server.counters.bad_format == 1)  # it asked nothing itself
             assert asked == [(flow, added.gen)]
             assert (server.table.get(flow) is not None) is alive
             await self.send(relay, query)  # a replay
@@ -390,7 +390,7 @@ class TestQuery:
             added = await client.request(Op.ADD, flow)
             assert added is not None
             await self.send(relay, Message(Op.QUERY, AGENT, 1, flow=flow, gen=added.gen))
-            await until(lambda: server.counters.bad_datagrams == 1)
+            await until(lambda: server.counters.bad_format == 1)
             assert server.table.get(flow) is not None
 
     async def test_a_question_read_together_with_an_answer_is_not_lost(self) -> None:

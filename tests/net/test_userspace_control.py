@@ -69,7 +69,7 @@ class UserspaceBed:
 
     def drops(self) -> dict[str, int]:
         counters = self.server.counters
-        return {"bad": counters.bad_datagrams, "replay": counters.replays}
+        return {"bad": counters.bad_format + counters.bad_mac, "replay": counters.replay}
 
 
 @pytest.fixture(scope="module")
