@@ -20,6 +20,13 @@ _PATHS = {
     "backend": ("node_certificate", "node_key", "store", "app_dir"),
     "placement": ("function_dir",),
     "policy": ("route_dir",),
+    "switch": (
+        "p4runtime_ca",
+        "p4runtime_certificate",
+        "p4runtime_key",
+        "p4info",
+        "p4_device_config",
+    ),
     "telemetry": ("log_file", "status_socket"),
 }
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from prism.config_types import Seconds, Section
 
@@ -36,13 +36,18 @@ class SwitchConfig(Section):
     )
     p4runtime_ca: Path | None = Field(
         None,
-        description="`p4runtime`: PEM file of the CA of the switch's certificate; without it the "
-        "connection is in the clear.",
+        description="PEM file of a CA. `p4runtime`: that of the switch's certificate; without it "
+        "the connection is in the clear. With `p4runtime_listen`: controllers have to show a "
+        "certificate of it. Relative to this file, like the files below.",
     )
     p4runtime_certificate: Path | None = Field(
-        None, description="`p4runtime`: PEM file of the certificate to show the switch."
+        None,
+        description="PEM file of a certificate. `p4runtime`: to show the switch. With "
+        "`p4runtime_listen`: the switch's own; without it connections are in the clear.",
     )
-    p4runtime_key: Path | None = Field(None, description="`p4runtime`: PEM file of its key.")
+    p4runtime_key: Path | None = Field(
+        None, description="PEM file: the private key of `p4runtime_certificate`, unencrypted."
+    )
     p4info: Path | None = Field(
         None, description="`p4runtime`: another p4info than the one that comes with Prism."
     )
@@ -74,3 +79,19 @@ class SwitchConfig(Section):
     max_rules: int = Field(
         1_000_000, ge=1, le=16_000_000, description="Rules the table has room for."
     )
+
+    @model_validator(mode="after")
+    def _tls_is_complete(self) -> Self:
+        shows = self.p4runtime_certificate is not None
+        if shows != (self.p4runtime_key is not None):
+            raise ValueError("p4runtime_certificate and p4runtime_key belong together: give both")
+        if self.kind == "p4runtime" and shows and self.p4runtime_ca is None:
+            raise ValueError(
+                "p4runtime_certificate without p4runtime_ca: name the CA of the switch's "
+                "certificate, or the connection is in the clear"
+            )
+        if self.p4runtime_listen and self.p4runtime_ca and not shows:
+            raise ValueError(
+                "p4runtime_ca without p4runtime_certificate: a switch needs a certificate for TLS"
+            )
+        return self

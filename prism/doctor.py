@@ -324,6 +324,7 @@ def _token_bucket() -> str:
 
 
 def _p4runtime() -> str:
+    from google.protobuf.internal import api_implementation  # noqa: PLC0415
     from google.protobuf.message import DecodeError  # noqa: PLC0415
 
     try:
@@ -334,7 +335,8 @@ def _p4runtime() -> str:
     except DecodeError as error:
         raise Missing(f"the packaged program cannot be read: {error}") from None
     found = ", ".join(f"{name} {version(name)}" for name in ("grpcio", "p4runtime", "protobuf"))
-    return f"{found}; the program has {len(pipeline.tables)} tables"
+    slow = " (in Python, and slow)" if api_implementation.Type() == "python" else ""
+    return f"{found}{slow}; the program has {len(pipeline.tables)} tables"
 
 
 def _time_wait_reuse() -> str:

@@ -101,12 +101,14 @@ def _make(config: Config, switch: SwitchConfig) -> _Running:
         from prism.switch.p4runtime_agent import P4Agent  # noqa: PLC0415
 
         return P4Agent(config, switch)
+    from prism.switch.p4runtime_tls import tls_files  # noqa: PLC0415
     from prism.switch.p4service_agent import ServedAgent  # noqa: PLC0415
 
     if switch.p4runtime_listen is None:
         raise ConfigError("switch.p4runtime_listen is missing")
+    settings = agent_settings(config, switch)
     return ServedAgent(
-        agent_settings(config, switch), switch.p4runtime_listen, switch.p4runtime_device
+        settings, switch.p4runtime_listen, switch.p4runtime_device, tls_files(switch)
     )
 
 
@@ -118,7 +120,8 @@ def need_p4() -> None:
     """
     try:
         import grpc  # noqa: F401, PLC0415
-        from p4.v1 import p4runtime_pb2  # noqa: F401, PLC0415
+
+        import prism.switch.p4runtime_messages  # noqa: F401, PLC0415
     except ImportError as error:
         raise ConfigError(
             f"P4Runtime needs more packages ({error}): pip install 'prism-proxy[p4]'"

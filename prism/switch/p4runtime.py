@@ -23,11 +23,11 @@ from functools import partial
 from typing import Any, Final, NamedTuple
 
 from google.rpc import code_pb2 as codes
-from p4.v1 import p4runtime_pb2 as p4
 
 from prism.errors import SwitchError
 from prism.switch.base import Change, Rule
 from prism.switch.control import Status
+from prism.switch.p4runtime_messages import p4
 from prism.switch.p4runtime_pipeline import Pipeline
 from prism.switch.p4runtime_rules import LINGER, OURS, Codec, Key, Value, difference
 from prism.switch.p4runtime_session import NotPrimaryError, Session, SessionSettings

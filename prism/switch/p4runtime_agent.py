@@ -25,6 +25,7 @@ from prism.switch.hold import parse_segment
 from prism.switch.p4runtime import P4Driver
 from prism.switch.p4runtime_pipeline import load
 from prism.switch.p4runtime_session import SessionSettings
+from prism.switch.p4runtime_tls import tls_files
 from prism.switch.p4service_agent import frame, packet
 from prism.switch.provoke import Provoker, checksum
 from prism.switch.server import SwitchServer
@@ -58,9 +59,7 @@ class P4Agent:
                 device_id=switch.p4runtime_device,
                 election_id=(switch.p4runtime_priority, 1),
                 timeout=switch.p4runtime_timeout,
-                ca=switch.p4runtime_ca,
-                certificate=switch.p4runtime_certificate,
-                key=switch.p4runtime_key,
+                tls=tls_files(switch),
             ),
             load(switch.p4info, switch.p4_device_config),
             adopt=self._adopt,

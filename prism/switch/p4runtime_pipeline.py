@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from google.protobuf import text_format
-from p4.config.v1 import p4info_pb2
 
 from prism.errors import ConfigError
+from prism.switch.p4runtime_messages import p4_config
 
 __all__ = [
     "Action",
@@ -195,14 +195,14 @@ def _action(info: Any) -> Action:
 
 
 def _table(info: Any, actions: dict[int, Action], counter: int) -> Table:
-    kinds = p4info_pb2.MatchField.MatchType
+    kinds = p4_config.MatchField.MatchType
     return Table(
         info.preamble.id,
         info.preamble.name,
         tuple(Field(f.id, f.name, f.bitwidth, kinds.Name(f.match_type)) for f in info.match_fields),
         {ref.id: actions[ref.id] for ref in info.action_refs},
         frozenset(
-            ref.id for ref in info.action_refs if ref.scope != p4info_pb2.ActionRef.DEFAULT_ONLY
+            ref.id for ref in info.action_refs if ref.scope != p4_config.ActionRef.DEFAULT_ONLY
         ),
         counter,
         info.size,
@@ -215,7 +215,7 @@ def load(p4info: Path | None = None, device_config: Path | None = None) -> Pipel
     Raises:
         ConfigError: a file cannot be read, or is no p4info that the driver can use.
     """
-    message = p4info_pb2.P4Info()
+    message = p4_config.P4Info()
     try:
         text = packaged().read_text("utf-8") if p4info is None else p4info.read_text("utf-8")
         config = device_config.read_bytes() if device_config else b""

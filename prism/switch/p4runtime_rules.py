@@ -19,10 +19,9 @@ import struct
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
-from p4.v1 import p4runtime_pb2 as p4
-
 from prism.flow import Endpoint, pack_address, unpack_address
 from prism.switch.base import Rule
+from prism.switch.p4runtime_messages import p4
 from prism.switch.p4runtime_pipeline import Layout, Pipeline, RuleTable
 
 __all__ = ["LINGER", "OURS", "Codec", "Facts", "Key", "Value", "canonical", "difference"]

@@ -1,7 +1,8 @@
 """One controller's connection to a P4Runtime switch: arbitration, pipeline, writes and reads.
 
-Every call blocks, with a deadline; the driver makes them in threads of its own. The generated
-classes are p4runtime-shell's; its own client exits the process on errors and has no deadlines.
+Every call blocks, with a deadline; the driver makes them in threads of its own. The messages are
+those that p4runtime-shell uses; its own client exits the process on errors, has no deadlines, and
+wants a slow protobuf.
 """
 
 from __future__ import annotations
@@ -10,16 +11,15 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import grpc
 from google.rpc import code_pb2, status_pb2
-from p4.v1 import p4runtime_pb2 as p4
-from p4.v1 import p4runtime_pb2_grpc as p4_grpc
 
 from prism.errors import SwitchError
+from prism.switch.p4runtime_messages import Stub, p4
 from prism.switch.p4runtime_pipeline import Pipeline
+from prism.switch.p4runtime_tls import NO_TLS, TlsFiles, unreachable
 
 __all__ = ["NotPrimaryError", "Session", "SessionSettings"]
 
@@ -51,16 +51,14 @@ class SessionSettings:
         device_id: the switch's number.
         election_id: (high, low); the highest of all controllers is the primary.
         timeout: seconds for one call.
-        ca, certificate, key: PEM files for TLS; without ``ca`` the connection is in the clear.
+        tls: files for TLS; without a CA the connection is in the clear.
     """
 
     address: str
     device_id: int = 1
     election_id: tuple[int, int] = (0, 1)
     timeout: float = 2.0
-    ca: Path | None = None
-    certificate: Path | None = None
-    key: Path | None = None
+    tls: TlsFiles = NO_TLS
 
 
 class Session:
@@ -76,7 +74,7 @@ class Session:
         self._on_stream = on_stream
         self._out: queue.SimpleQueue[Any | None] = queue.SimpleQueue()
         self._channel = _channel(settings)
-        self._stub = p4_grpc.P4RuntimeStub(self._channel)
+        self._stub = Stub(self._channel)
         self._election = p4.Uint128(high=settings.election_id[0], low=settings.election_id[1])
         self._stream: Any = None
 
@@ -84,14 +82,18 @@ class Session:
         """Connect: enough for reading.
 
         Raises:
-            SwitchError: the switch does not answer.
+            SwitchError: the switch does not answer, or TLS fails.
         """
+        request = p4.CapabilitiesRequest()
         try:
-            grpc.channel_ready_future(self._channel).result(self.settings.timeout)
-        except grpc.FutureTimeoutError:
-            raise SwitchError(
-                f"the P4Runtime switch at {self.settings.address} does not answer"
-            ) from None
+            self._stub.Capabilities(request, timeout=self.settings.timeout)
+        except _RPC_ERRORS as error:
+            if error.code() == grpc.StatusCode.UNIMPLEMENTED:  # older than version 1.1
+                return
+            details = error.details() or error.code().name
+            if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+                details = f"no answer in {self.settings.timeout:g} s"
+            raise unreachable(self.settings.address, self.settings.tls, details) from None
 
     def open(self) -> None:
         """Connect and ask to be the primary; the answer comes by ``on_stream``.
@@ -213,18 +215,10 @@ class Session:
 
 
 def _channel(settings: SessionSettings) -> Any:
-    if settings.ca is None:
+    credentials = settings.tls.controller()
+    if credentials is None:
         return grpc.insecure_channel(settings.address, options=_OPTIONS)
-    try:
-        pem = [
-            path.read_bytes() if path else None
-            for path in (settings.ca, settings.key, settings.certificate)
-        ]
-    except OSError as error:
-        raise SwitchError(f"{error.filename}: cannot be read: {error.strerror}") from None
-    return grpc.secure_channel(
-        settings.address, grpc.ssl_channel_credentials(*pem), options=_OPTIONS
-    )
+    return grpc.secure_channel(settings.address, credentials, options=_OPTIONS)
 
 
 def _wrapped(error: Any) -> SwitchError:

@@ -16,10 +16,10 @@ from typing import Any, Final, NoReturn
 import grpc
 from google.rpc import code_pb2 as codes
 from google.rpc import status_pb2
-from p4.v1 import p4runtime_pb2 as p4
-from p4.v1 import p4runtime_pb2_grpc as p4_grpc
 
 from prism.errors import SwitchError
+from prism.switch.p4runtime_messages import handlers, p4
+from prism.switch.p4runtime_tls import NO_TLS, TlsFiles
 from prism.switch.p4service_table import EntryTable, UpdateError
 
 __all__ = ["MAX_UPDATES", "P4Service"]
@@ -51,7 +51,7 @@ class _Client:
             pass
 
 
-class P4Service(p4_grpc.P4RuntimeServicer):  # type: ignore[misc]
+class P4Service:
     """The service and its server.
 
     Args:
@@ -59,6 +59,7 @@ class P4Service(p4_grpc.P4RuntimeServicer):  # type: ignore[misc]
         address: ``HOST:PORT`` to listen on; port 0 takes any.
         device_id: the switch's number.
         on_packet_out: takes packets of the primary, called from threads.
+        tls: its certificate and key, and the CA of the controllers'; in the clear without.
 
     Attributes:
         port: where it listens.
@@ -71,12 +72,14 @@ class P4Service(p4_grpc.P4RuntimeServicer):  # type: ignore[misc]
         *,
         device_id: int = 1,
         on_packet_out: Callable[[bytes], object] | None = None,
+        tls: TlsFiles = NO_TLS,
     ) -> None:
         self.table = table
         self.port = 0
         self._address = address
         self._device_id = device_id
         self._on_packet_out = on_packet_out
+        self._credentials = tls.switch()
         self._clients: list[_Client] = []
         self._lock = threading.Lock()
         self._cookie = table.pipeline.cookie
@@ -90,7 +93,7 @@ class P4Service(p4_grpc.P4RuntimeServicer):  # type: ignore[misc]
                 ("grpc.http2.min_ping_interval_without_data_ms", 1000),
             ],
         )
-        p4_grpc.add_P4RuntimeServicer_to_server(self, self._server)
+        self._server.add_generic_rpc_handlers((handlers(self),))
 
     def start(self) -> None:
         """Begin to listen.
@@ -99,7 +102,10 @@ class P4Service(p4_grpc.P4RuntimeServicer):  # type: ignore[misc]
             SwitchError: the address cannot be used.
         """
         try:
-            self.port = self._server.add_insecure_port(self._address)
+            if self._credentials is None:
+                self.port = self._server.add_insecure_port(self._address)
+            else:
+                self.port = self._server.add_secure_port(self._address, self._credentials)
         except RuntimeError:
             self.port = 0
         if not self.port:

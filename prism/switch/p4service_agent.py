@@ -12,6 +12,7 @@ from typing import Any, Final
 from prism.switch.agent import Agent, AgentSettings
 from prism.switch.base import Rule
 from prism.switch.p4runtime_pipeline import load
+from prism.switch.p4runtime_tls import NO_TLS, TlsFiles
 from prism.switch.p4service import P4Service
 from prism.switch.p4service_table import EntryTable
 
@@ -41,14 +42,22 @@ class ServedAgent(Agent):
         settings: without control addresses.
         address: ``HOST:PORT`` to listen on.
         device_id: the switch's number.
+        tls: files for TLS; in the clear without a certificate.
     """
 
     answers_nodes = False
 
-    def __init__(self, settings: AgentSettings, address: str, device_id: int = 1) -> None:
+    def __init__(
+        self,
+        settings: AgentSettings,
+        address: str,
+        device_id: int = 1,
+        tls: TlsFiles = NO_TLS,
+    ) -> None:
         super().__init__(settings)
         self._address = address
         self._device_id = device_id
+        self._tls = tls
         self.service: P4Service
 
     async def start(self) -> None:
@@ -60,6 +69,7 @@ class ServedAgent(Agent):
                 self._address,
                 device_id=self._device_id,
                 on_packet_out=self._on_packet_out,
+                tls=self._tls,
             )
             self.service.start()
         except BaseException:

@@ -14,12 +14,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 from google.rpc import code_pb2 as codes
-from p4.v1 import p4runtime_pb2 as p4
 
 from prism.flow import Endpoint, unpack_address
 from prism.switch.base import Rule
 from prism.switch.control import Status
 from prism.switch.ebpf import EbpfSwitch
+from prism.switch.p4runtime_messages import p4
 from prism.switch.p4runtime_pipeline import Field, Pipeline, RuleTable, Table
 from prism.switch.p4runtime_rules import Codec, Facts, Key, Value, canonical
 

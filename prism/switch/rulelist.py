@@ -87,15 +87,14 @@ def _programmed(switch: SwitchConfig) -> Iterator[ListedRule]:
     from prism.switch.p4runtime_pipeline import load  # noqa: PLC0415
     from prism.switch.p4runtime_rules import Codec, Key  # noqa: PLC0415
     from prism.switch.p4runtime_session import Session, SessionSettings  # noqa: PLC0415
+    from prism.switch.p4runtime_tls import tls_files  # noqa: PLC0415
 
     codec = Codec(load(switch.p4info, switch.p4_device_config))
     settings = SessionSettings(
         address=switch.p4runtime_address,
         device_id=switch.p4runtime_device,
         timeout=switch.p4runtime_timeout,
-        ca=switch.p4runtime_ca,
-        certificate=switch.p4runtime_certificate,
-        key=switch.p4runtime_key,
+        tls=tls_files(switch),
     )
     rules: list[tuple[Rule, int]] = []
     spoken: dict[Key, int] = {}

@@ -16,6 +16,7 @@ from prism.switch.ebpf import EbpfSwitch
 from prism.switch.p4runtime import P4Driver
 from prism.switch.p4runtime_pipeline import load
 from prism.switch.p4runtime_session import SessionSettings
+from prism.switch.p4runtime_tls import NO_TLS, TlsFiles
 from prism.switch.p4service import P4Service
 from prism.switch.p4service_table import EntryTable
 
@@ -27,11 +28,11 @@ OWNERS = (("10.50.3.2", "10.50.4.2"), ("fd50:3::2", "fd50:4::2"))
 class Controller:
     """A driver, and what it has told."""
 
-    def __init__(self, address: str, priority: int = 1) -> None:
+    def __init__(self, address: str, priority: int = 1, tls: TlsFiles = NO_TLS) -> None:
         self.rules: dict[bytes, Rule] = {}
         self.primary = asyncio.Event()
         self.driver = P4Driver(
-            SessionSettings(address=address, election_id=(priority, 1)),
+            SessionSettings(address=address, election_id=(priority, 1), tls=tls),
             load(),
             adopt=self.adopt,
             stand_by=lambda other: self.primary.clear(),

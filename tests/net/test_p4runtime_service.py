@@ -1,125 +1,28 @@
-"""The soft switch's P4Runtime service, asked by plain gRPC and by p4runtime-shell."""
+"""The soft switch's P4Runtime service, asked by plain gRPC."""
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 from google.rpc import code_pb2 as codes
-from google.rpc import status_pb2
-from p4.v1 import p4runtime_pb2 as p4
-from p4.v1 import p4runtime_pb2_grpc as p4_grpc
-from switch_bed import bpffs
+from p4_served import DELETE, INSERT, MODIFY, Served, rule, serving
 
-from prism.flow import Endpoint, Flow
-from prism.switch.base import Rule
-from prism.switch.ebpf import EbpfSwitch
+from prism.switch.p4runtime_messages import p4
 from prism.switch.p4runtime_pipeline import load
-from prism.switch.p4runtime_rules import Codec
-from prism.switch.p4service import MAX_UPDATES, P4Service
+from prism.switch.p4service import MAX_UPDATES
 from prism.switch.p4service_table import EntryTable
 
 pytestmark = pytest.mark.net
 
-INSERT, MODIFY, DELETE = p4.Update.INSERT, p4.Update.MODIFY, p4.Update.DELETE
-
-
-class Served:
-    """A table, its service and one controller that is the primary."""
-
-    def __init__(self, pins: Path) -> None:
-        self.waiting = threading.Event()
-        self.store = EbpfSwitch(pins / "prism", max_rules=64)
-        self.table = EntryTable(self.store, load())
-        self.codec = Codec(self.table.pipeline)
-        self.service = P4Service(self.table, "127.0.0.1:0")
-        self.service.start()
-        self.address = f"127.0.0.1:{self.service.port}"
-        self.channel = grpc.insecure_channel(self.address)
-        self.stub = p4_grpc.P4RuntimeStub(self.channel)
-        self.stream = self.join(10)
-
-    def join(self, election: int) -> Any:
-        request = p4.StreamMessageRequest()
-        request.arbitration.device_id = 1
-        request.arbitration.election_id.low = election
-        requests = iter([request])
-
-        def forever() -> Iterator[Any]:
-            yield next(requests)
-            self.waiting.wait()
-
-        stream = self.stub.StreamChannel(forever(), timeout=60)
-        stream.first = next(stream).arbitration
-        return stream
-
-    def close(self) -> None:
-        self.waiting.set()
-        self.channel.close()
-        self.service.close()
-        self.store.close()
-
-    def write(self, *updates: Any, election: int = 10, **fields: Any) -> list[tuple[int, str]]:
-        """What became of each update."""
-        request = p4.WriteRequest(device_id=1, updates=updates, **fields)
-        request.election_id.low = election
-        try:
-            self.stub.Write(request, timeout=10)
-        except grpc.RpcError as error:
-            if error.code() != grpc.StatusCode.UNKNOWN:
-                raise
-            details = dict(error.trailing_metadata())["grpc-status-details-bin"]
-            found = []
-            for detail in status_pb2.Status.FromString(details).details:
-                one = p4.Error()
-                assert detail.Unpack(one)
-                found.append((one.canonical_code, one.message))
-            return found
-        return [(codes.OK, "")] * len(updates)
-
-    def updates(self, kind: int, rule: Rule) -> list[Any]:
-        entries = self.codec.entries(rule)
-        return [self.codec.update(kind, key, None if kind == DELETE else value)
-                for key, value in entries.items()]  # fmt: skip
-
-    def read(self, table: int = 0, **fields: Any) -> list[Any]:
-        request = p4.ReadRequest(device_id=1)
-        request.entities.add().table_entry.CopyFrom(p4.TableEntry(table_id=table, **fields))
-        return [e for answer in self.stub.Read(request, timeout=10) for e in answer.entities]
-
-    def state(self) -> list[Rule]:
-        return sorted(self.store.rules())
-
 
 @pytest.fixture
 def served() -> Iterator[Served]:
-    if os.geteuid() != 0:
-        pytest.fail("this test loads eBPF programs and needs root")
-    with bpffs() as pins:
-        found = Served(pins)
-        try:
-            yield found
-        finally:
-            found.close()
-
-
-def rule(port: int = 1000, *, locked: bool = False, here: bool = False, v6: bool = False) -> Rule:
-    client, service, owner = (
-        ("2001:db8::7", "2001:db8::80", "2001:db8:1::2")
-        if v6
-        else ("198.51.100.7", "192.0.2.80", "10.50.3.2")
-    )
-    end = Endpoint(service, 80) if here else Endpoint(owner, 4700)
-    flow = Flow(Endpoint(client, port), Endpoint(service, 80)).pack()
-    return Rule(flow, 77, end, bytes.fromhex("020000000001"), 5000 + port, locked, 9)
+    with serving() as found:
+        yield found
 
 
 @pytest.mark.parametrize("v6", [False, True])
@@ -281,35 +184,3 @@ def test_the_table_is_bounded(served: Served) -> None:
     results = [served.write(*served.updates(INSERT, rule(1000 + n)))[2][0] for n in range(70)]
     assert results == [codes.OK] * 64 + [codes.RESOURCE_EXHAUSTED] * 6
     assert len(served.state()) == 64
-
-
-SHELL = """
-import sys
-import p4runtime_sh.shell as sh
-sh.setup(device_id=1, grpc_addr=sys.argv[1], election_id=(0, 99))
-try:
-    entry = sh.TableEntry("PrismIngress.to_owner_v4")(action="PrismIngress.send_to_owner_v4")
-    entry.match["client_addr"] = "198.51.100.9"
-    entry.match["client_port"] = "1234"
-    entry.match["service_addr"] = "192.0.2.80"
-    entry.match["service_port"] = "80"
-    entry.action["owner_addr"] = "10.50.3.2"
-    entry.action["owner_port"] = "4700"
-    entry.insert()
-    for found in sh.TableEntry("PrismIngress.to_owner_v4").read():
-        print("FOUND", found.match["client_port"], found.action.action_name)
-    entry.delete()
-    print("LEFT", len(list(sh.TableEntry("PrismIngress.to_owner_v4").read())))
-finally:
-    sh.teardown()
-"""
-
-
-def test_p4runtime_shell_reads_and_writes(served: Served) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", SHELL, served.address],
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "FOUND" in done.stdout and "send_to_owner_v4" in done.stdout, done.stdout
-    assert "LEFT 0" in done.stdout

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from google.protobuf import text_format
-from p4.config.v1 import p4info_pb2
+
+from prism.switch.p4runtime_messages import p4_config
 
 P4 = Path(__file__).parents[2] / "p4"
 SOURCE = re.sub(r"/\*.*?\*/|//[^\n]*", "", (P4 / "prism.p4").read_text(), flags=re.DOTALL)
@@ -17,8 +18,8 @@ KINDS = {"exact": 2, "lpm": 3}  # MatchField.MatchType
 
 
 @pytest.fixture(scope="module")
-def p4info() -> p4info_pb2.P4Info:
-    return text_format.Parse((P4 / "prism.p4info.txtpb").read_text(), p4info_pb2.P4Info())
+def p4info() -> p4_config.P4Info:
+    return text_format.Parse((P4 / "prism.p4info.txtpb").read_text(), p4_config.P4Info())
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def test_the_stamp_names_the_committed_files() -> None:
         )
 
 
-def test_every_table_action_and_counter_has_its_id(p4info: p4info_pb2.P4Info) -> None:
+def test_every_table_action_and_counter_has_its_id(p4info: p4_config.P4Info) -> None:
     found = {t.preamble.alias: t.preamble.id for t in p4info.tables}
     assert len(found) == 12 == len(tables())
     assert found == declared("table")
@@ -61,7 +62,7 @@ def test_every_table_action_and_counter_has_its_id(p4info: p4info_pb2.P4Info) ->
     assert len(found) == 5
 
 
-def test_match_fields_and_parameters_are_the_programs(p4info: p4info_pb2.P4Info) -> None:
+def test_match_fields_and_parameters_are_the_programs(p4info: p4_config.P4Info) -> None:
     bodies = tables()
     for table in p4info.tables:
         fields = re.findall(
@@ -81,7 +82,7 @@ def test_match_fields_and_parameters_are_the_programs(p4info: p4info_pb2.P4Info)
             assert not bits or param.bitwidth == int(bits)
 
 
-def test_the_bmv2_json_has_the_p4infos_tables(p4info: p4info_pb2.P4Info, bmv2: dict) -> None:
+def test_the_bmv2_json_has_the_p4infos_tables(p4info: p4_config.P4Info, bmv2: dict) -> None:
     made = {t["name"]: t for pipeline in bmv2["pipelines"] for t in pipeline["tables"]}
     names = {a.preamble.id: a.preamble.name for a in p4info.actions}
     for table in p4info.tables:
@@ -93,7 +94,7 @@ def test_the_bmv2_json_has_the_p4infos_tables(p4info: p4info_pb2.P4Info, bmv2: d
         assert twin["with_counters"] is bool(table.direct_resource_ids)
 
 
-def test_rules_find_room_for_a_million_flows(p4info: p4info_pb2.P4Info) -> None:
+def test_rules_find_room_for_a_million_flows(p4info: p4_config.P4Info) -> None:
     sizes = {t.preamble.alias: t.size for t in p4info.tables}
     assert sizes["to_owner_v4"] == sizes["to_owner_v6"] == 1 << 20
     assert sizes["to_client_v4"] == sizes["to_client_v6"] == 2 << 20  # the owner's and the guard
