@@ -163,7 +163,7 @@ def move(
     gen = lab.lock(stream.flow)
     if last:
         assert stream.send(last) == len(last)
-    assert stream.movable
+    assert stream.movable, (len(stream._out), len(stream._part), stream._broken)
     state = tcp_repair.export_state(stream.fileno())
     secrets, pending, flow = stream.export_tls(), stream.pending, stream.flow
     sock = socket.socket(fileno=lab.carry(flow, state, to, gen))
