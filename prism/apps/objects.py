@@ -300,7 +300,7 @@ class Upload:
         if self._over:
             raise StoreError("the upload was given up")
         if self._fd < 0:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             self._fd = os.open(self._temporary, flags, 0o666)
         for piece in pieces:
             self._append(piece)
@@ -344,6 +344,20 @@ class Upload:
         """The body is whole; arguments and errors as of :meth:`commit`. :meth:`seal` comes next."""
         with self._lock:
             self._checked(pieces, md5)
+
+    def body(self, offset: int, n: int) -> bytes:
+        """Octets of the body after :meth:`finish`; empty at its end."""
+        with self._lock:
+            return os.pread(self._fd, min(n, self._size - offset), offset)
+
+    def digest(self) -> bytes:
+        """The body's MD5."""
+        return self._digest.digest()
+
+    @property
+    def size(self) -> int:
+        """Octets of the body so far."""
+        return self._size
 
     def seal(self, version: Version, *, deleted: bool = False) -> tuple[bytes, ObjectMeta]:
         """Makes a durable file of a version that nobody sees: its path and facts.

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from urllib.parse import quote_from_bytes
 
 from prism.apps.relay import Relay
-from prism.apps.upstream import NotSent
+from prism.apps.upstream import HOP_BY_HOP, NotSent
+from prism.flow import Endpoint
 from prism.http.exchange import Exchange, Rest
 from prism.http.head import HttpError, RequestHead
 from prism.placement import Node
 from prism.replicas import READS, Replicas
 
-__all__ = ["MAX_PASSES", "ReplicaRelay", "may_repeat", "passes_of"]
+__all__ = ["MAX_PASSES", "ReplicaRelay", "forwarded_head", "may_repeat", "passes_of"]
 
 MAX_PASSES = 4
 """How many nodes pass a request on, one to the other, before the last one waits instead."""
 
 _FIELD = b"prism-passes"
+_MADE_ANEW = HOP_BY_HOP | {b"host", b"content-length", b"expect", _FIELD}
 _PAUSE = 0.1  # seconds, at most, until a failed request is tried elsewhere
 
 
@@ -74,3 +77,21 @@ def may_repeat(exchange: Exchange, error: HttpError) -> bool:
     if exchange.started or exchange.body.received or error.status not in (502, 503, 504):
         return False
     return exchange.head.method in READS or isinstance(error, NotSent)
+
+
+def forwarded_head(head: RequestHead, endpoint: Endpoint, size: int) -> bytes:
+    """The head by which a request goes on whose body of ``size`` octets has been read already."""
+    target = b"/" + quote_from_bytes(head.key).encode()
+    fields = [field for field in head.headers if field[0] not in _MADE_ANEW]
+    fields += [
+        (b"Content-Length", b"%d" % size),
+        (b"Connection", b"close"),
+        (_FIELD, b"%d" % (passes_of(head) + 1)),
+    ]
+    lines = b"".join(b"%b: %b\r\n" % field for field in fields)
+    return b"%b %b HTTP/1.1\r\nHost: %b\r\n%b\r\n" % (
+        head.method,
+        target,
+        str(endpoint).encode(),
+        lines,
+    )

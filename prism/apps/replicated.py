@@ -12,10 +12,11 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from prism.apps.listing import detail_of
 from prism.apps.objectfile import ObjectMeta
 from prism.apps.objects import Condition, Upload
 from prism.apps.objectstore import (
@@ -27,10 +28,11 @@ from prism.apps.objectstore import (
 )
 from prism.apps.relay import Relay
 from prism.apps.replicadisk import Disk, Kept, StateFile
-from prism.apps.replicarelay import MAX_PASSES, ReplicaRelay, may_repeat, passes_of
+from prism.apps.replicarelay import MAX_PASSES, ReplicaRelay, forwarded_head, may_repeat, passes_of
 from prism.config import BackendConfig, Config
 from prism.flow import Endpoint
 from prism.http.exchange import Exchange, Rest
+from prism.http.fetch import FetchError, ask
 from prism.http.head import HttpError, RequestHead
 from prism.placement import Node
 from prism.replicas import READS, Replicas
@@ -48,6 +50,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _RETRY_AFTER: Final = ((b"Retry-After", b"1"),)
+_PIECE: Final = 256 * 1024
 _PAUSE: Final = 0.1  # seconds, at most, until it is looked again who answers
 _MARK_AGE: Final = 600.0  # seconds that a mark of deletion stays
 _SWEEP: Final = 30.0  # seconds between two looks at marks
@@ -185,7 +188,8 @@ class ReplicatedStore(ObjectStore):
     def _writer(self, key: bytes) -> str:
         replicator = self.replicator
         head = replicator.head(key)
-        return head if head != replicator.me or replicator.serves else ""
+        ready = replicator.serves and not replicator.retiring
+        return head if head != replicator.me or ready else ""
 
     async def _when_possible(self, exchange: Exchange, who: Callable[[bytes], str]) -> None:
         """Answer as soon as this node may, or another one does; 503 when nobody can for long."""
@@ -229,7 +233,41 @@ class ReplicatedStore(ObjectStore):
             path, meta = await self._run(upload.seal, version)
             return Kept(path, meta), (meta, current is None)
 
-        return await self._write(head.key, make)
+        try:
+            return await self._write(head.key, make)
+        except NotHead:
+            status = await self._forward(head, upload)
+            digest = await self._run(upload.digest)
+            return ObjectMeta(upload.size, 0, digest, ()), status == 201
+        finally:
+            await self._run(upload.abandon)
+
+    async def _forward(self, head: RequestHead, upload: Upload) -> int:
+        """Send a write on whose body has been read here, to who takes it now; the status.
+
+        Raises:
+            HttpError: what was answered instead.
+        """
+        replicator = self.replicator
+        name = replicator.head(head.key)
+        if name in ("", replicator.me) or passes_of(head) >= MAX_PASSES:
+            raise HttpError(503, "the view is changing", _RETRY_AFTER)
+        endpoint = self._node(name).relay_endpoint
+        request = forwarded_head(head, endpoint, upload.size)
+
+        async def pieces() -> AsyncIterator[bytes]:
+            at = 0
+            while piece := await self._run(upload.body, at, _PIECE):
+                at += len(piece)
+                yield piece
+
+        try:
+            status, answer = await ask(endpoint, request, pieces(), 2 * self._patience)
+        except FetchError as error:
+            raise HttpError(503, f"the write was sent on, to no avail: {error}") from None
+        if status >= 300:
+            raise HttpError(status, detail_of(answer), _RETRY_AFTER if status == 503 else ())
+        return status
 
     async def _remove(self, head: RequestHead, condition: Condition) -> bool:
         upload = self.objects.upload(head.key)
@@ -244,14 +282,21 @@ class ReplicatedStore(ObjectStore):
 
         try:
             return await self._write(head.key, make)
+        except NotHead:
+            return await self._forward(head, upload) < 300
         finally:
-            upload.abandon()
+            await self._run(upload.abandon)
 
     def _current(self, key: bytes) -> ObjectMeta | None:
         return self.objects._current(key)
 
     async def _write(self, key: bytes, make: Callable[[Version], Awaitable[tuple[Kept, T]]]) -> T:
-        """Replicate a write; it goes on to its end when the client is gone."""
+        """Replicate a write; it goes on to its end when the client is gone.
+
+        Raises:
+            HttpError: it was refused, or its outcome is not known.
+            NotHead: another node takes it now; nothing was done.
+        """
         replicator = self.replicator
         deadline = replicator.clock() + self._patience
         while True:
@@ -263,8 +308,10 @@ class ReplicatedStore(ObjectStore):
             except Refusal as error:
                 raise HttpError(error.status, str(error)) from None
             except NotHead as error:
-                # Nothing was done. The body is here, so if this node is to be the head soon, wait.
-                if replicator.clock() >= deadline or replicator.head(key) != replicator.me:
+                # Nothing was done. If this node is to be the head, wait for that.
+                if replicator.head(key) not in ("", replicator.me):
+                    raise
+                if replicator.clock() >= deadline:
                     raise HttpError(503, str(error), _RETRY_AFTER) from None
                 await replicator.changed(_PAUSE)
             except Unavailable as error:

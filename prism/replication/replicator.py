@@ -52,15 +52,28 @@ class Reading(NamedTuple):
 
 
 class Replicator(Member):
-    """One node's part; :class:`Member` says what it is made of."""
+    """One node's part; :class:`Member` says what it is made of.
+
+    Attributes:
+        retiring: this node takes no new writes, since it is about to leave.
+    """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.catch_up = CatchUp(self)
+        self.retiring = False
 
     def catch_up_from(self, epoch: int) -> None:
         """Begin to catch up in this epoch."""
         self.catch_up.start(epoch)
+
+    async def leave(self, seconds: float) -> bool:
+        """As :meth:`Member.leave`, when the writes that this node has begun are done."""
+        self.retiring = True
+        deadline = self.clock() + seconds
+        while self._writes and self.clock() < deadline - seconds / 2:
+            await self.changed(_RETRY / 5)
+        return await super().leave(deadline - self.clock())
 
     # -- reads ----------------------------------------------------------------------------------
 
@@ -116,7 +129,7 @@ class Replicator(Member):
             return result
 
     def _be_head(self, key: bytes) -> None:
-        if self.head(key) != self.me or not self.serves:
+        if self.retiring or self.head(key) != self.me or not self.serves:
             raise NotHead(f"{self.head(key) or 'nobody'} takes writes of this key now")
 
     def _next(self, last: Version) -> Version:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from e2e_http import Client, Response, digest, payload
 from prism.apps.objects import Objects
 from prism.flow import Endpoint
 
+LEASE = {"cluster.lease": 1.5}  # shorter than by default, so that the tests are
 CLUSTER = {"placement": "replicated", "replicas": 2}
 
 
@@ -175,7 +178,7 @@ def settle_and_compare(bed: Bed, load: Load) -> None:
 
 def test_a_replica_is_killed_and_comes_back(make_bed: Callable[..., Bed]) -> None:
     """No acknowledged write is lost, no read goes back, reads go on; it catches up."""
-    bed = make_bed(placement="replicated", replicas=3, settings={"cluster.lease": 1.0})
+    bed = make_bed(placement="replicated", replicas=3, settings=LEASE)
     untouched = {f"/untouched/{n}": bed.store(f"/untouched/{n}", 100) for n in range(20)}
     keys = [f"/load/{n}" for n in range(5)]
     assert {replicas(bed, key)[0] for key in keys} >= {"be2"}
@@ -204,7 +207,7 @@ def test_a_replica_is_killed_and_comes_back(make_bed: Callable[..., Bed]) -> Non
 
 def test_a_replica_stands_still_and_goes_on(make_bed: Callable[..., Bed]) -> None:
     """It does not answer from what it had, when the others have gone on without it."""
-    bed = make_bed(placement="replicated", replicas=3, settings={"cluster.lease": 1.0})
+    bed = make_bed(placement="replicated", replicas=3, settings=LEASE)
     pid = bed.cluster.node("be2").pid
     keys = [f"/load/{n}" for n in range(5)]
     try:
@@ -221,9 +224,38 @@ def test_a_replica_stands_still_and_goes_on(make_bed: Callable[..., Bed]) -> Non
     settle_and_compare(bed, load)
 
 
+def test_a_replica_is_restarted_under_load(make_bed: Callable[..., Bed]) -> None:
+    """It has itself left out first: no request fails."""
+    bed = make_bed(placement="replicated", replicas=2)
+    stop = threading.Event()
+    body = payload("restart", 40_000)
+
+    def client(number: int) -> list[tuple[str, int]]:
+        seen = []
+        while not stop.is_set():
+            path = f"/restart/{number}/{len(seen) % 8}"
+            for method, data in (("PUT", body), ("GET", None)):
+                answer = bed.client.once(method, path, data)
+                seen.append((method, answer.status))
+        return seen
+
+    with ThreadPoolExecutor(4) as pool:
+        clients = [pool.submit(client, number) for number in range(4)]
+        try:
+            time.sleep(0.5)
+            bed.cluster.restart("be2")
+            assert wait_for(lambda: state(bed, "be2") == "serving", 30.0)
+        finally:
+            stop.set()
+        seen = [entry for future in clients for entry in future.result(30)]
+    assert len(seen) > 100
+    bad = [entry for entry in seen if entry[1] not in (200, 201, 204)]
+    assert bad == []
+
+
 @pytest.mark.parametrize("lost", ["be1"])
 def test_a_lost_disk_is_filled_again(make_bed: Callable[..., Bed], lost: str) -> None:
-    bed = make_bed(placement="replicated", replicas=2, settings={"cluster.lease": 1.0})
+    bed = make_bed(placement="replicated", replicas=2, settings=LEASE)
     bodies = {f"/key/{n}": bed.store(f"/key/{n}", 2000) for n in range(30)}
     bed.cluster.kill(lost)
     backend = bed.cluster.config(lost).backend
