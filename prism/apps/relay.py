@@ -9,33 +9,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import Final
-from urllib.parse import quote_from_bytes, unquote_to_bytes
+from collections.abc import Coroutine
+from typing import Any, Final
 
-from prism.apps.forwarding import DROPPED, FORWARDING, Forwarding
+from prism.apps.forwarding import Forwarding, request_head, wants_upgrade
 from prism.apps.passing import SPLICE_FROM, can_splice, splice, tunnel
+from prism.apps.pool import Pool
 from prism.apps.proxy_protocol import proxy_header
+from prism.apps.quick import Quick, Waiting
 from prism.apps.upstream import (
-    HOP_BY_HOP,
     Address,
-    Pool,
     ResponseHead,
     Upstream,
     UpstreamError,
     UpstreamFailed,
-    connection_options,
 )
 from prism.http.body import ClientGone
 from prism.http.exchange import Exchange, Headers, Rest
-from prism.http.head import HttpError, RequestHead
+from prism.http.head import HttpError
 from prism.http.response import send_all, status_line
 from prism.http.stream import Stream
 
-__all__ = ["Relay", "RelayTo", "request_head"]
+__all__ = ["Relay", "RelayTo"]
 
 _IDEMPOTENT = frozenset(b"GET HEAD PUT DELETE OPTIONS PROPFIND SEARCH REPORT".split())
-_NOT_COPIED = HOP_BY_HOP | {b"host", b"content-length", b"expect"}
-_PLAIN_OPTIONS = frozenset((b"close", b"keep-alive"))
 _CONTINUE_WAIT: Final = 1.0  # seconds; after that the body is sent unasked (RFC 9110, 10.1.1)
 _MAX_INTERIM = 16
 
@@ -50,6 +47,9 @@ class Relay:
         max_connections: to each upstream server.
         forwarding: how the server hears of the client.
         proxy_protocol: begin each connection with a PROXY header, and share it between no clients.
+
+    Attributes:
+        waiting: requests that went the quick way.
     """
 
     def __init__(
@@ -68,10 +68,15 @@ class Relay:
         self._proxy_protocol = proxy_protocol
         self._tunnels: set[Upstream] = set()
         self._pools: dict[Address, Pool] = {}
+        self._apps: dict[Address, RelayTo] = {}
+        self.waiting = Waiting(response_timeout)
 
     def to(self, address: Address) -> RelayTo:
         """An app that relays everything to one upstream server."""
-        return RelayTo(self, address)
+        app = self._apps.get(address)
+        if app is None:
+            app = self._apps[address] = RelayTo(self, address)
+        return app
 
     def status(self) -> dict[str, int]:
         """How many connections there are, in use and kept for the next request."""
@@ -80,6 +85,7 @@ class Relay:
 
     def close(self) -> None:
         """Closes all idle connections."""
+        self.waiting.close()
         for pool in self._pools.values():
             pool.close_idle()
 
@@ -107,17 +113,52 @@ class Relay:
             ClientGone: the client is lost, or the response was cut off upstream. The stream is
                 to be aborted.
         """
+        pool = self._pool(address)
+        request = request_head(exchange, address, self._forwarding, extra)
+        if self._proxy_protocol:
+            request = proxy_header(exchange.origin) + request
+        upstream = await pool.acquire()
+        attempt = self._attempt(exchange, upstream, request)
+        await self.see_through(exchange, pool, upstream, request, attempt)
+
+    def start(self, exchange: Exchange, address: Address) -> Rest:
+        """Relays one exchange, the quick way where that will do; raises as :meth:`relay` does."""
+        if self._proxy_protocol or not Quick.suits(exchange):
+            return self.relay(exchange, address)
+        pool = self._pool(address)
+        upstream = pool.take()
+        if upstream is None:
+            return self.relay(exchange, address)
+        request = request_head(exchange, address, self._forwarding)
+        return Quick(self, exchange, pool, upstream, request).ask()
+
+    def _pool(self, address: Address) -> Pool:
         pool = self._pools.get(address)
         if pool is None:
             pool = self._pools[address] = Pool(
                 address, limit=self._max_connections, connect_timeout=self._connect_timeout
             )
-        request = request_head(exchange, address, self._forwarding, extra)
-        if self._proxy_protocol:
-            request = proxy_header(exchange.origin) + request
-        upstream = await pool.acquire()
+        return pool
+
+    async def see_through(
+        self,
+        exchange: Exchange,
+        pool: Pool,
+        upstream: Upstream,
+        request: bytes,
+        attempt: Coroutine[Any, Any, None],
+    ) -> None:
+        """Brings an attempt to its end, and makes another one if its connection was stale.
+
+        Args:
+            exchange: as in :meth:`relay`, which tells what is raised, too.
+            pool: gets ``upstream`` back.
+            upstream: the attempt's.
+            request: the head to repeat.
+            attempt: raises UpstreamError.
+        """
         try:
-            await self._attempt(exchange, upstream, request)
+            await attempt
             return
         except UpstreamError as error:
             if not _can_repeat(exchange, upstream, error):
@@ -140,18 +181,10 @@ class Relay:
             upstream.reusable &= not self._proxy_protocol
 
     async def _exchange(self, exchange: Exchange, upstream: Upstream, request: bytes) -> None:
-        await upstream.send(request, self._timeout)
         if exchange.body.complete:
-            watch = _Watch(exchange.stream, upstream)
-            try:
-                await self._respond(exchange, upstream, None, None, watch)
-            except UpstreamError:
-                if watch.gone:
-                    raise ClientGone("the client went away before the response") from None
-                raise
-            finally:
-                watch.end()
+            await self.ask_and_respond(exchange, upstream, request)
             return
+        await upstream.send(request, self._timeout)
         asked = asyncio.Event() if exchange.body.awaited else None
         sender = asyncio.create_task(self._send_body(exchange, upstream, asked))
         try:
@@ -166,6 +199,23 @@ class Relay:
             await asyncio.wait((sender,))
             if sender.cancelled() or sender.exception() is not None or not sender.result():
                 upstream.reusable = False
+
+    async def ask_and_respond(self, exchange: Exchange, upstream: Upstream, request: bytes) -> None:
+        """An attempt for a request without a body, of which ``request`` is still to be sent."""
+        await upstream.send(request, self._timeout)
+        await self.watch_response(exchange, upstream)
+
+    async def watch_response(self, exchange: Exchange, upstream: Upstream) -> None:
+        """An attempt whose request was sent: passes the response on, to its end."""
+        watch = _Watch(exchange.stream, upstream)
+        try:
+            await self._respond(exchange, upstream, None, None, watch)
+        except UpstreamError:
+            if watch.gone:
+                raise ClientGone("the client went away before the response") from None
+            raise
+        finally:
+            watch.end()
 
     async def _send_body(
         self, exchange: Exchange, upstream: Upstream, asked: asyncio.Event | None
@@ -215,6 +265,18 @@ class Relay:
             exchange.start(head.status, head.headers, head.length)
         except ValueError:
             raise UpstreamError("the upstream's response has malformed fields") from None
+        await self._pass_body(exchange, upstream)
+        delimited = bodiless or head.chunked or head.length is not None
+        upstream.reusable = head.keep_alive and delimited and upstream.drained
+
+    async def pass_rest(self, exchange: Exchange, upstream: Upstream, rest: Rest) -> None:
+        """An attempt whose response has begun to go out: the rest, of a length that is known."""
+        if rest is not None:
+            await rest
+        await self._pass_body(exchange, upstream)
+        upstream.reusable = upstream.drained
+
+    async def _pass_body(self, exchange: Exchange, upstream: Upstream) -> None:
         while True:
             try:
                 piece = await upstream.read_body(self._timeout)
@@ -228,8 +290,6 @@ class Relay:
             if upstream.left >= SPLICE_FROM and can_splice(exchange.stream, upstream.stream):
                 await self._splice(exchange, upstream)
         await exchange.end()
-        delimited = bodiless or head.chunked or head.length is not None
-        upstream.reusable = head.keep_alive and delimited and upstream.drained
 
     async def _splice(self, exchange: Exchange, upstream: Upstream) -> None:
         """Pass the rest of a response's body on without copying it."""
@@ -294,7 +354,7 @@ class RelayTo:
 
     def handle(self, exchange: Exchange) -> Rest:
         """Answers one request; see :class:`prism.http.exchange.App`."""
-        return self._relay.relay(exchange, self._address)
+        return self._relay.start(exchange, self._address)
 
 
 class _Watch:
@@ -340,60 +400,4 @@ def _can_repeat(exchange: Exchange, upstream: Upstream, error: UpstreamError) ->
 def _failure(exchange: Exchange, error: UpstreamError) -> HttpError | ClientGone:
     if exchange.started:
         return ClientGone(f"the response was cut off: {error}")
-    return UpstreamFailed(502, str(error))
-
-
-def request_head(
-    exchange: Exchange, address: Address, forwarding: Forwarding, extra: Headers = ()
-) -> bytes:
-    """The head to send upstream: the client's, without what was for this connection alone."""
-    head = exchange.head
-    options = connection_options([value for name, value in head.headers if name == b"connection"])
-    dropped = _NOT_COPIED | DROPPED[forwarding]
-    if extra or options - _PLAIN_OPTIONS:
-        dropped = dropped | options | {name.lower() for name, _ in extra}
-    host = head.host or _host_of(address)
-    parts = [b"%b %b HTTP/1.1\r\nHost: %b\r\n" % (head.method, _target(head), host)]
-    parts += [b"%b: %b\r\n" % field for field in head.headers if field[0] not in dropped]
-    if head.chunked:
-        parts.append(b"Transfer-Encoding: chunked\r\n")
-    elif head.content_length is not None:
-        parts.append(b"Content-Length: %d\r\n" % head.content_length)
-    if wants_upgrade(head):
-        parts.append(b"Connection: Upgrade\r\nUpgrade: %b\r\n" % (head.upgrade or b""))
-    if head.expect_continue:
-        parts.append(b"Expect: 100-continue\r\n")
-    parts.append(FORWARDING[forwarding](head, exchange.origin))
-    parts += [b"%b: %b\r\n" % field for field in extra]
-    parts.append(b"\r\n")
-    return b"".join(parts)
-
-
-def wants_upgrade(head: RequestHead) -> bool:
-    """Whether a request's wish for another protocol is passed on.
-
-    Only WebSockets': what speaks HTTP inside (``h2c``) would get requests past the policy.
-    """
-    upgrade = head.upgrade
-    return (
-        upgrade is not None
-        and upgrade.lower() == b"websocket"
-        and head.method == b"GET"
-        and not head.has_body
-    )
-
-
-def _host_of(address: Address) -> bytes:
-    return b"localhost" if isinstance(address, str) else str(address).encode()
-
-
-def _target(head: RequestHead) -> bytes:
-    """The target in origin form: as sent, unless there are tricks in its path.
-
-    Where normalising did more than decode, the upstream gets the normalised path, so that it
-    serves what was decided about.
-    """
-    path = head.path
-    if path[1:] != head.key and path != b"*" and unquote_to_bytes(path)[1:] != head.key:
-        path = b"/" + quote_from_bytes(head.key, safe="/!$&'()*+,;=:@~").encode()
-    return path + b"?" + head.query if head.query else path
+    return HttpError(502, str(error))

@@ -1,4 +1,4 @@
-"""Connections to an upstream HTTP/1.1 server: responses read from them, and a pool of them.
+"""Connections to an upstream HTTP/1.1 server, and the responses read from them.
 
 Response heads go through llhttp (httptools), then framing is decided here, because only here it
 is known what was asked: a response to HEAD has no body (RFC 9112, section 6.3).
@@ -6,13 +6,11 @@ is known what was asked: a response to HEAD has no body (RFC 9112, section 6.3).
 
 from __future__ import annotations
 
-import asyncio
-import os
-import socket
 from typing import Final, NamedTuple
 
 import httptools
 
+from prism._ext.http_scan import quiet
 from prism.errors import PrismError
 from prism.flow import Endpoint
 from prism.http.body import ChunkedDecoder
@@ -22,8 +20,6 @@ from prism.http.stream import PlainStream
 __all__ = [
     "HOP_BY_HOP",
     "Address",
-    "NotSent",
-    "Pool",
     "ResponseHead",
     "Upstream",
     "UpstreamError",
@@ -168,13 +164,18 @@ class Upstream:
 
     def is_quiet(self) -> bool:
         """Nothing is in the socket: no end of file, no stray octets behind the last response."""
-        try:
-            self.stream.peek(1)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-        return False
+        return quiet(self.stream.fileno())
+
+    def give_back(self, data: bytes) -> None:
+        """Puts octets that were received elsewhere before what is read next."""
+        self._buffer = data
+        self._silent = False
+
+    def expect(self, left: int) -> None:
+        """Goes on with a response of whose body ``left`` octets are still to come."""
+        self._silent = False
+        self._left = left
+        self._decoder = None
 
     async def send(self, data: bytes, seconds: float) -> None:
         """Sends all of ``data``.
@@ -304,105 +305,3 @@ class Upstream:
                 raise UpstreamError("the upstream's body ends before its last chunk")
             self._buffer += more
         return b""
-
-
-class Pool:
-    """Connections to one upstream server: bounded, kept open for the next request.
-
-    Args:
-        address: TCP endpoint, or the path of a unix socket.
-        limit: connections at most, busy and idle.
-        connect_timeout: seconds, for a free place in the pool and for connecting each.
-    """
-
-    def __init__(self, address: Address, *, limit: int, connect_timeout: float) -> None:
-        self.address = address
-        self._limit = limit
-        self._connect_timeout = connect_timeout
-        self._places = asyncio.Semaphore(limit)
-        self._busy = 0
-        self._idle: list[Upstream] = []
-
-    @property
-    def sizes(self) -> tuple[int, int]:
-        """How many connections there are: in use or being made, and idle."""
-        return self._busy, len(self._idle)
-
-    async def acquire(self, *, fresh: bool = False) -> Upstream:
-        """A connection to be given back by :meth:`release`; ``fresh``: one never used before.
-
-        Raises:
-            NotSent: 503 no place became free in time; 502 the upstream cannot be connected to;
-                504 it does not answer.
-        """
-        if self._places.locked():
-            try:
-                async with asyncio.timeout(self._connect_timeout):
-                    await self._places.acquire()
-            except TimeoutError:
-                retry = ((b"Retry-After", b"1"),)
-                raise NotSent(503, "all connections upstream are busy", retry) from None
-        else:
-            await self._places.acquire()
-        self._busy += 1
-        try:
-            if fresh:
-                self.close_idle()  # what made one stale has likely made all stale
-            while self._idle:
-                upstream = self._idle.pop()
-                upstream.stream.off_readable()
-                if upstream.is_quiet():
-                    upstream.begin()
-                    return upstream
-                upstream.stream.close()
-            return Upstream(await self._connect())
-        except BaseException:
-            self._busy -= 1
-            self._places.release()
-            raise
-
-    async def _connect(self) -> PlainStream:
-        address = self.address
-        unix = isinstance(address, str)
-        sock = socket.socket(socket.AF_UNIX if isinstance(address, str) else address.family)
-        try:
-            sock.setblocking(False)
-            if not unix:
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            async with asyncio.timeout(self._connect_timeout):
-                await asyncio.get_running_loop().sock_connect(sock, address)
-            return PlainStream(sock)
-        except TimeoutError:
-            sock.close()
-            raise NotSent(504, "connecting upstream took too long") from None
-        except OSError as error:
-            sock.close()
-            # Not the error's own text: the upstream's address is not for clients.
-            reason = os.strerror(error.errno or 0)
-            raise NotSent(502, f"cannot connect upstream: {reason}") from None
-        except BaseException:
-            sock.close()
-            raise
-
-    def release(self, upstream: Upstream) -> None:
-        """Takes a connection back, and keeps it when it is reusable."""
-        self._busy -= 1
-        self._places.release()
-        if not upstream.reusable or self._busy + len(self._idle) >= self._limit:
-            upstream.stream.close()
-            return
-        upstream.reused = True
-        self._idle.append(upstream)
-        upstream.stream.on_readable(lambda: self._drop(upstream))
-
-    def _drop(self, upstream: Upstream) -> None:
-        """An idle connection has something to say: most likely the server closes it."""
-        if not upstream.is_quiet():
-            if upstream in self._idle:
-                self._idle.remove(upstream)
-            upstream.stream.close()
-
-    def close_idle(self) -> None:
-        """Closes all connections that are not in use."""
-        while self._idle:
-            self._idle.pop().stream.close()

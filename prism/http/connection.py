@@ -84,6 +84,7 @@ class Connection:
 
     __slots__ = (
         "_active_at",
+        "_exchange",
         "_reading",
         "_task",
         "_turns",
@@ -132,6 +133,7 @@ class Connection:
         self.cut = False
         self.asked_ns = 0
         self._task: asyncio.Task[None] | None = None
+        self._exchange: Exchange | None = None  # being answered
         self._turns = 0
         self._reading = False
         self._active_at = monotonic()
@@ -151,8 +153,26 @@ class Connection:
     # -- waiting for a head ---------------------------------------------------------------
 
     def _on_readable(self) -> None:
+        if self._exchange is not None:
+            self._look_at_client()
+            return
         self._turns = 0
         self._next_request()
+
+    def _look_at_client(self) -> None:
+        """The client stirs while its answer is waited for.
+
+        A reset ends the wait. An end of file does not: a client may have finished sending and wait
+        for its answer. Octets of a next request have to wait.
+        """
+        try:
+            self.stream.peek(1)
+        except BlockingIOError:
+            return
+        except OSError:
+            self.close(abort=True)
+            return
+        self._stop_reading()
 
     def _next_request(self) -> None:
         """Peek, parse, dispatch; again while requests are there and answered at once."""
@@ -235,6 +255,8 @@ class Connection:
             self.dispatcher.body_timeout,
         )
         exchange.body.limit = self.decision.max_body
+        exchange.resume = self._resumed
+        self._exchange = exchange
         try:
             self.stream.consume(head.length)
             rest = app.handle(exchange)
@@ -251,10 +273,26 @@ class Connection:
             return
         if self.state is State.CLOSED:
             return
-        if rest is None and exchange.settled and exchange.keep_alive:
+        if rest is None and exchange.waits is not None:
+            if not self._reading:
+                self._reading = True
+                self.stream.on_readable(self._on_readable)
+        elif rest is None and exchange.settled and exchange.keep_alive:
             self._answered(exchange)
             if not self._reading:  # it was off while a handoff was tried
                 asyncio.get_running_loop().call_soon(self._resume_reading)
+        else:
+            self._stop_reading()
+            self._run(self._finish(exchange, rest))
+
+    def _resumed(self, exchange: Exchange, rest: Rest) -> None:
+        """What was waited for has come: the response is out, or a coroutine does what is left."""
+        if rest is None and exchange.settled and exchange.keep_alive:
+            self._answered(exchange)
+            if not self._reading:
+                self.start()
+            elif self.stream.pending:
+                self._on_readable()
         else:
             self._stop_reading()
             self._run(self._finish(exchange, rest))
@@ -350,6 +388,7 @@ class Connection:
     def _answered(self, exchange: Exchange) -> None:
         """The response is out, and the connection waits for its next request."""
         self.dispatcher.answered(self, exchange)
+        self._exchange = None
         self.state = State.IDLE
         self.head = None
         self.asked_ns = 0
@@ -359,6 +398,9 @@ class Connection:
         """Close the socket: with a FIN, or with a reset where the response is cut short."""
         if self.state is State.CLOSED:
             return
+        exchange, self._exchange = self._exchange, None
+        if exchange is not None and exchange.waits is not None:
+            exchange.waits.cancel()
         task, self._task = self._task, None
         if task is not None and task is not asyncio.current_task():
             task.cancel()
@@ -371,6 +413,7 @@ class Connection:
     def _gone(self) -> None:
         if self.state is not State.CLOSED:
             self.state = State.CLOSED
+            self._exchange = None
             self.dispatcher.closed(self)
 
     def overdue(self, now: float, *, idle: float, head: float) -> bool:

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol
 
 from prism.http.body import ClientGone, RequestBody
@@ -42,7 +42,7 @@ from prism.http.response import (
 )
 from prism.http.stream import Stream
 
-__all__ = ["App", "Exchange", "Headers", "Rest", "error_response"]
+__all__ = ["App", "Exchange", "Headers", "Rest", "Waits", "error_response"]
 
 Headers = Sequence[tuple[bytes, bytes]]
 Rest = Coroutine[Any, Any, None] | None
@@ -65,6 +65,14 @@ class App(Protocol):
         ...
 
 
+class Waits(Protocol):
+    """What an exchange waits for without a coroutine."""
+
+    def cancel(self) -> None:
+        """Nobody waits any more: the connection is gone."""
+        ...
+
+
 class Exchange:
     """One request, its body, and the response to it.
 
@@ -80,10 +88,14 @@ class Exchange:
             the response starts.
         sent: octets of response body sent.
         timeout: seconds that the client may read nothing.
+        resume: where an app may set ``waits``, return ``None`` and answer later: to be called with
+            the exchange and what is left to do then.
+        waits: what it waits for.
     """
 
     __slots__ = ("_chunked", "_head", "_left", "_server", "body", "finished", "head", "keep_alive",
-                 "origin", "sent", "started", "status", "stream", "timeout")  # fmt: skip
+                 "origin", "resume", "sent", "started", "status", "stream", "timeout",
+                 "waits")  # fmt: skip
 
     def __init__(
         self,
@@ -103,6 +115,8 @@ class Exchange:
         self.started = False
         self.finished = False
         self.sent = 0
+        self.resume: Callable[[Exchange, Rest], None] | None = None
+        self.waits: Waits | None = None
         self._server = b"Server: %s\r\n" % server if server else b""
         self._head = b""
         self._left: int | None = None
@@ -179,6 +193,25 @@ class Exchange:
         finally:
             if file is None:
                 os.close(fd)
+
+    def framing_lines(self) -> tuple[bytes, bytes]:
+        """Server and Connection lines, for heads that are made elsewhere; either may be empty."""
+        return self._server, self._connection()
+
+    def pass_on(self, status: int, data: bytes, octets: int, left: int) -> Rest:
+        """Sends a response that was made elsewhere, or its beginning.
+
+        Args:
+            status: as in :meth:`respond`.
+            data: the head with the lines of :meth:`framing_lines`, and what there is of the body.
+            octets: of the body in it.
+            left: octets of the body that :meth:`write` will be given; 0: the response is whole.
+        """
+        self.status = status
+        self.started = True
+        self._left = left
+        self.sent = octets
+        return self._send(data, last=not left)
 
     # -- a response in pieces ---------------------------------------------------------------
 

@@ -24,9 +24,18 @@ from urllib.parse import unquote_to_bytes
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 
+from prism._ext.http_scan import scan_request
 from prism.http.refusal import TOKEN, HttpError, explain_fields, explain_request_line
 
-__all__ = ["METHODS", "HttpError", "Limits", "RequestHead", "normalise_path", "parse_head"]
+__all__ = [
+    "METHODS",
+    "HttpError",
+    "Limits",
+    "RequestHead",
+    "normalise_path",
+    "parse_any_head",
+    "parse_head",
+]
 
 METHODS: Final = frozenset(
     b"GET HEAD PUT POST DELETE OPTIONS PATCH "
@@ -150,6 +159,17 @@ def parse_head(data: bytes, limits: Limits = DEFAULT_LIMITS) -> RequestHead | No
         HttpError: the head is, or has begun, in a way that no more bytes can mend. The connection
             cannot be used further: where the next request begins is not known.
     """
+    head = RequestHead()
+    found = scan_request(data, head, limits)
+    if not found:
+        return parse_any_head(data, limits)
+    if found == 2:
+        head.key = normalise_path(head.path)
+    return head
+
+
+def parse_any_head(data: bytes, limits: Limits = DEFAULT_LIMITS) -> RequestHead | None:
+    """:func:`parse_head` for every kind of head: the scanner knows the usual ones only."""
     start = 0
     while data.startswith(b"\r\n", start):
         start += 2

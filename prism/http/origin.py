@@ -7,6 +7,7 @@ application: a client that sends one achieves nothing.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 from prism.flow import Endpoint, Flow
@@ -51,8 +52,13 @@ def take_origin(head: RequestHead) -> Origin | None:
     if not values:
         return None
     head.headers = tuple(field for field in head.headers if field[0] != FIELD)
+    return _parse(values[0]) if len(values) == 1 else None
+
+
+@lru_cache(maxsize=4096)
+def _parse(value: bytes) -> Origin | None:
+    """The same for all requests of a connection."""
     try:
-        (value,) = values
         client, service, scheme = value.decode("ascii").split(" ")
         return Origin(_endpoint(client), _endpoint(service), scheme == "https")
     except ValueError:

@@ -14,6 +14,7 @@ from prism.http.stream import Stream
 
 __all__ = [
     "STALL_TIMEOUT",
+    "STATUS_LINES",
     "date_line",
     "error_message",
     "error_response",
@@ -25,10 +26,11 @@ __all__ = [
 STALL_TIMEOUT: Final = 60.0
 """Seconds that a client may read nothing."""
 
-_STATUS_LINES = {
+STATUS_LINES: Final = {
     status.value: b"HTTP/1.1 %d %s\r\n" % (status.value, status.phrase.encode())
     for status in http.HTTPStatus
 }
+"""By status, with their line ends."""
 
 
 class _Date:
@@ -98,7 +100,7 @@ async def wait_writable(stream: Stream, seconds: float) -> None:
 
 def status_line(status: int) -> bytes:
     """The status line with its line end (RFC 9112, section 4)."""
-    return _STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status
+    return STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status
 
 
 def error_message(error: HttpError) -> bytes:
