@@ -20,6 +20,7 @@ from prism.http.stream import PlainStream
 __all__ = [
     "HOP_BY_HOP",
     "Address",
+    "NotSent",
     "ResponseHead",
     "Upstream",
     "UpstreamError",
