@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any
 
 from prism.apps.upstream import NotSent, UpstreamFailed
 from prism.http.connection import Connection
@@ -32,19 +33,49 @@ class Relaying:
         self._node = node
         self._connection = connection
         self._place = place
+        self._exchange: Exchange | None = None  # that goes the quick way
 
     def handle(self, exchange: Exchange) -> Rest:
         """Relay; see :class:`prism.http.exchange.App`."""
-        return self._relay(exchange)
+        place = self._place
+        quick = self._node.relay.quick(exchange, place.relay_endpoint, self)
+        if quick is None:
+            return self._relay(exchange)
+        self._exchange = exchange
+        self._node.peers.loads.opened(place.name)
+        return quick.ask()
 
-    async def _relay(self, exchange: Exchange) -> None:
+    # -- what became of the quick way (prism.apps.quick.Follower) ----------------------------
+
+    def whole(self) -> None:
+        """The response is out."""
+        self._node.peers.loads.closed(self._place.name)
+        if self._exchange is not None:
+            self._answered(self._place, self._exchange.status)
+
+    def slowly(self, rest: Coroutine[Any, Any, None]) -> Coroutine[Any, Any, None]:
+        """The same as from the beginning, but that the first attempt has begun."""
+        if self._exchange is None:
+            raise RuntimeError("nothing went the quick way")
+        return self._relay(self._exchange, rest)
+
+    def lost(self) -> None:
+        """The client has gone."""
+        self._node.peers.loads.closed(self._place.name)
+
+    # -- the slow way -------------------------------------------------------------------------
+
+    async def _relay(
+        self, exchange: Exchange, attempt: Coroutine[Any, Any, None] | None = None
+    ) -> None:
         place = self._place
         tried: set[str] = set()
         while True:
             try:
-                await self._relay_to(exchange, place)
+                await self._relay_to(exchange, place, attempt)
                 return
             except UpstreamFailed as error:
+                attempt = None
                 tried.add(place.name)
                 other = self._other(exchange, error, tried)
                 if other is None:
@@ -58,20 +89,27 @@ class Relaying:
                 return
             place = other
 
-    async def _relay_to(self, exchange: Exchange, place: Place) -> None:
+    async def _relay_to(
+        self, exchange: Exchange, place: Place, attempt: Coroutine[Any, Any, None] | None
+    ) -> None:
         health, loads = self._node.peers.health, self._node.peers.loads
-        loads.opened(place.name)
+        if attempt is None:
+            loads.opened(place.name)
+            attempt = self._node.relay.relay(exchange, place.relay_endpoint)
         try:
-            await self._node.relay.relay(exchange, place.relay_endpoint)
+            await attempt
         except UpstreamFailed as error:
             health.failed(place.name, f"relaying: {error.detail}")
             raise
         finally:
             loads.closed(place.name)
-        if exchange.status in _GATEWAY:
-            health.failed(place.name, f"relaying: answered {exchange.status}")
+        self._answered(place, exchange.status)
+
+    def _answered(self, place: Place, status: int) -> None:
+        if status in _GATEWAY:
+            self._node.peers.health.failed(place.name, f"relaying: answered {status}")
         else:
-            health.succeeded(place.name)
+            self._node.peers.health.succeeded(place.name)
 
     def _other(self, exchange: Exchange, error: UpstreamFailed, tried: set[str]) -> Place | None:
         """Another node to ask, where that can do no harm."""

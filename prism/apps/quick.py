@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from prism._ext.http_scan import receive_response
 from prism.apps.pool import Pool
@@ -26,19 +26,46 @@ from prism.http.response import STATUS_LINES, date_line
 if TYPE_CHECKING:
     from prism.apps.relay import Relay
 
-__all__ = ["Quick", "Waiting"]
+__all__ = ["Follower", "Quick", "Waiting"]
 
 _METHODS = frozenset((b"GET", b"HEAD"))
+
+
+class Follower(Protocol):
+    """Hears what becomes of a request; one of the three is called, once."""
+
+    def whole(self) -> None:
+        """The response went the quick way, to its end."""
+        ...
+
+    def slowly(self, rest: Coroutine[Any, Any, None]) -> Coroutine[Any, Any, None]:
+        """What is to be run instead of ``rest``, which goes on with the request and may raise."""
+        ...
+
+    def lost(self) -> None:
+        """The client has gone."""
+        ...
 
 
 class Quick:
     """One request on its way; what an exchange waits for."""
 
-    __slots__ = ("_bodiless", "_exchange", "_pool", "_relay", "_request", "_rest", "_upstream")
+    __slots__ = (
+        *("_bodiless", "_exchange", "_follower", "_pool", "_relay", "_request", "_rest"),
+        "_upstream",
+    )
 
     def __init__(
-        self, relay: Relay, exchange: Exchange, pool: Pool, upstream: Upstream, request: bytes
+        self,
+        relay: Relay,
+        exchange: Exchange,
+        pool: Pool,
+        upstream: Upstream,
+        request: bytes,
+        *,
+        follower: Follower | None = None,
     ) -> None:
+        self._follower = follower
         self._relay = relay
         self._exchange = exchange
         self._pool = pool
@@ -86,6 +113,8 @@ class Quick:
             self._rest.close()
         self._upstream.stream.abort()
         self._pool.release(self._upstream)
+        if self._follower is not None:
+            self._follower.lost()
 
     def expire(self) -> None:
         """The response has not begun in time."""
@@ -126,6 +155,8 @@ class Quick:
         self._stop_waiting()
         exchange.waits = None
         self._pool.release(upstream)
+        if self._follower is not None:
+            self._follower.whole()
         if exchange.resume is not None:
             exchange.resume(exchange, None)
 
@@ -147,9 +178,10 @@ class Quick:
     async def _see_through(self, attempt: Coroutine[Any, Any, None]) -> None:
         self._exchange.waits = None
         self._rest = None
-        await self._relay.see_through(
+        rest = self._relay.see_through(
             self._exchange, self._pool, self._upstream, self._request, attempt
         )
+        await (rest if self._follower is None else self._follower.slowly(rest))
 
 
 async def _raise(error: Exception) -> None:

@@ -16,7 +16,7 @@ from prism.apps.forwarding import Forwarding, request_head, wants_upgrade
 from prism.apps.passing import SPLICE_FROM, can_splice, splice, tunnel
 from prism.apps.pool import Pool
 from prism.apps.proxy_protocol import proxy_header
-from prism.apps.quick import Quick, Waiting
+from prism.apps.quick import Follower, Quick, Waiting
 from prism.apps.upstream import (
     Address,
     ResponseHead,
@@ -121,16 +121,18 @@ class Relay:
         attempt = self._attempt(exchange, upstream, request)
         await self.see_through(exchange, pool, upstream, request, attempt)
 
-    def start(self, exchange: Exchange, address: Address) -> Rest:
-        """Relays one exchange, the quick way where that will do; raises as :meth:`relay` does."""
+    def quick(
+        self, exchange: Exchange, address: Address, follower: Follower | None = None
+    ) -> Quick | None:
+        """The quick way for an exchange, where there is one now: ``ask`` is to be called next."""
         if self._proxy_protocol or not Quick.suits(exchange):
-            return self.relay(exchange, address)
+            return None
         pool = self._pool(address)
         upstream = pool.take()
         if upstream is None:
-            return self.relay(exchange, address)
+            return None
         request = request_head(exchange, address, self._forwarding)
-        return Quick(self, exchange, pool, upstream, request).ask()
+        return Quick(self, exchange, pool, upstream, request, follower=follower)
 
     def _pool(self, address: Address) -> Pool:
         pool = self._pools.get(address)
@@ -354,7 +356,8 @@ class RelayTo:
 
     def handle(self, exchange: Exchange) -> Rest:
         """Answers one request; see :class:`prism.http.exchange.App`."""
-        return self._relay.start(exchange, self._address)
+        quick = self._relay.quick(exchange, self._address)
+        return self._relay.relay(exchange, self._address) if quick is None else quick.ask()
 
 
 class _Watch:
@@ -400,4 +403,4 @@ def _can_repeat(exchange: Exchange, upstream: Upstream, error: UpstreamError) ->
 def _failure(exchange: Exchange, error: UpstreamError) -> HttpError | ClientGone:
     if exchange.started:
         return ClientGone(f"the response was cut off: {error}")
-    return HttpError(502, str(error))
+    return UpstreamFailed(502, str(error))
