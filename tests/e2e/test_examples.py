@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 
 from e2e_bed import Bed, wait_for
 from e2e_http import digest
+
+from prism.lab.cluster import Cluster
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 POLICY = f"""
@@ -88,3 +91,49 @@ def _routed(bed: Bed) -> None:
         assert conn.request("GET", "/v1/" + path).status == 410  # at be2, which has the connection
     assert bed.total("handoffs_in") == handoffs + 4
     assert bed.client.once("GET", "/%76%31//x").status == 410  # at the frontend
+
+
+def documented(path: Path) -> list[str]:
+    """The commands in a program's docstring."""
+    text = path.read_text().split('"""')[1]
+    return [line.strip() for line in text.splitlines() if line.startswith("    ")]
+
+
+def test_the_key_value_store_as_documented(lab_name: str) -> None:
+    """Each command of its docstring, in a lab of another name."""
+    path = EXAMPLES / "kv/kv.py"
+    assert len(path.read_text().splitlines()) <= 60
+    outputs = []
+    for line in documented(path):
+        if line.startswith("cd "):
+            assert EXAMPLES.parent / line[3:] == path.parent
+            continue
+        words = shlex.split(line)
+        assert words[:3] == ["sudo", "prism-proxy", "lab"]
+        if words[3] == "down":
+            _sharded(Cluster.attach(lab_name))
+        command = [sys.executable, "-m", "prism", "lab", words[3], "--name", lab_name, *words[4:]]
+        ran = subprocess.run(
+            command, check=True, capture_output=True, text=True, cwd=path.parent, timeout=60
+        )
+        outputs.append(ran.stdout)
+    assert outputs[1:-1] == ["", "red", "5", "7"]
+
+
+def _sharded(cluster: Cluster) -> None:
+    """Every key is at one backend, the same for all clients, and at no other."""
+    bed = Bed(cluster)
+    keys = [path for node in bed.backends for path in bed.keys(node, 3, "shard")]
+    for key in keys:
+        assert bed.client.once("PUT", key, key.encode()).status == 204
+    with bed.client.open() as conn:
+        for key in keys:
+            answer = conn.request("GET", key)
+            assert (answer.status, answer.body) == (200, key.encode())
+            assert answer.node.partition("/")[0] == bed.owner(key)
+        assert conn.request("DELETE", keys[0]).status == 200
+        assert conn.request("GET", keys[0]).status == 404
+        assert conn.request("POST", keys[1], b"1").status == 409
+    bed.cluster.kill(bed.backends[0])
+    lost = [bed.client.once("GET", key).status for key in bed.keys(bed.backends[0], 3, "shard")]
+    assert set(lost) == {502}, "no other backend says that there is no such key"

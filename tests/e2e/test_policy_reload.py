@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import signal
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from e2e_bed import Bed, wait_for
@@ -84,6 +87,41 @@ def test_the_frontend_and_the_owners_say_the_same(ruled: Bed) -> None:
     assert ruled.counters("be1")["decisions"]["no-admin deny"] >= 4
 
 
+ALPHABET = [
+    "/",
+    "/",
+    ".",
+    "..",
+    ";",
+    "%2e",
+    "%2F",
+    "%5c",
+    "%25",
+    "%61",
+    "admin",
+    "ADMIN",
+    "x",
+    "stay",
+]
+
+
+def test_random_paths_get_one_verdict_wherever_the_connection_is(ruled: Bed) -> None:
+    """The frontend's, on a new connection, and those of the backends that own one."""
+    chance = random.Random(6)
+    targets = ["/" + "".join(chance.choices(ALPHABET, k=chance.randint(1, 7))) for _ in range(80)]
+    answers: dict[str, set[int]] = {target: set() for target in targets}
+    for target in targets:
+        answers[target].add(ruled.client.once("GET", target).status)
+        for node in ruled.backends:
+            with ruled.client.open() as conn:
+                key = ruled.key(node, "verdict")
+                assert conn.request("PUT", key, b"x").node.partition("/")[0] == node
+                answers[target].add(conn.request("GET", target).status)
+    assert {target: found for target, found in answers.items() if len(found) > 1} == {}
+    assert sum(found == {403} for found in answers.values()) >= 5
+    assert sum(found == {404} for found in answers.values()) >= 10
+
+
 def test_relaying_keeps_the_connection(ruled: Bed) -> None:
     path = ruled.key("be2", "stay")
     before = ruled.switch("handoffs"), ruled.relays().get("policy", 0)
@@ -155,3 +193,48 @@ def test_a_bad_file_changes_nothing(make_bed: Callable[..., Bed]) -> None:
         assert status["reloads"] == {"applied": 1, "refused": 1}
         log = bed.cluster.node(name).log.read_text()
         assert "policy.rules[0].action" in log
+
+
+EDITS = """
+[policy]
+"""
+EDIT = """
+[[policy.rules]]
+name = "{0}"
+path_prefix = ["/{0}"]
+action = "{0}"
+set_headers = {{ X-From = "prism", X-Rule = "{0}" }}
+remove_headers = ["Cookie", "X-Secret"]
+"""
+
+
+def test_header_fields_are_set_and_removed(
+    make_bed: Callable[..., Bed], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On what is relayed and on what is handed over, for the first request and for later ones."""
+    monkeypatch.setenv("ILL", str(tmp_path))
+    monkeypatch.chdir(Path(__file__).parent)
+    bed = make_bed(backends=2, app="e2e_app:app")
+    configure(bed, EDITS + EDIT.format("relay") + EDIT.format("handoff"))
+    reload(bed)
+    sent = [
+        ("X-From", "client"),
+        ("Cookie", "a=b"),
+        ("x-secret", "1"),
+        ("X-Secret", "2"),
+        ("X-Kept", "yes"),
+    ]
+    handoffs = bed.total("handoffs_out")
+    with bed.client.open() as conn:
+        for kind in ("relay", "relay", "handoff", "handoff", "relay"):
+            path = f"/{kind}/headers"
+            fields = json.loads(conn.request("GET", path, headers=sent).body)
+            edited = {
+                name: value for name, value in fields if name.startswith("x-") or name == "cookie"
+            }
+            assert edited == {"x-from": "prism", "x-rule": kind, "x-kept": "yes"}, kind
+            assert len([name for name, _ in fields if name == "x-from"]) == 1
+        plain = dict(json.loads(conn.request("GET", "/headers", headers=sent).body))
+        assert (plain["x-from"], plain["cookie"], plain["x-secret"]) == ("client", "a=b", "2")
+    assert bed.relays()["policy"] == 2
+    assert bed.total("handoffs_out") > handoffs
