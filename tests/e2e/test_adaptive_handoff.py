@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 from e2e_bed import Bed, wait_for
 from e2e_http import digest, payload
+from e2e_tls import tls_client
 
 KIB, MIB = 1024, 1024 * 1024
 CLUSTER = {
     "backends": 3,
+    "tls": True,
     "settings": {"frontend.handoff": "adaptive", "frontend.handoff_threshold": 64 * KIB},
 }
 ROOT = Path(__file__).parents[2]
@@ -74,6 +76,24 @@ def test_a_connection_at_a_backend(shared: Bed) -> None:
     assert [answer.node for answer in answers] == ["be1/0", "be2/0", "be1/0", "be3/0"]
     assert choices(shared, "be1") - before == {"relay small-key": 1, "handoff large-key": 1}
     assert Counter(shared.counters("be1")["relays"]) - relays == {"small-key": 1}
+
+
+def test_the_same_over_tls(shared: Bed) -> None:
+    """Uploads by their length, downloads by what they are known to be; wherever they go, whole."""
+    client = tls_client(shared)
+    sizes = {"be1": KIB, "be2": MIB, "be3": KIB}
+    paths = {node: shared.key(node, "tls") for node in sizes}
+    before, handoffs = choices(shared, "fe1"), shared.switch("handoffs")
+    for node, size in sizes.items():
+        assert client.once("PUT", paths[node], payload(node, size)).status == 201
+    assert choices(shared, "fe1") - before == {"relay small-upload": 2, "handoff large-upload": 1}
+    with client.open() as conn:
+        for node in ("be1", "be2", "be1", "be3", "be2"):  # relayed, handed over, relayed by be2 ...
+            answer = conn.request("GET", paths[node])
+            assert (answer.status, answer.sha256) == (200, digest(payload(node, sizes[node])))
+            assert answer.node == f"{node}/0"
+    assert shared.switch("handoffs") - handoffs == 2
+    assert (choices(shared, "fe1") - before)["handoff large-key"] == 1
 
 
 def test_what_is_chosen_shows_in_the_status(shared: Bed) -> None:

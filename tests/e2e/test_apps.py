@@ -16,8 +16,12 @@ from typing import Any
 
 import pytest
 from e2e_bed import Bed, bed, wait_for
+from e2e_http import Cut, Sink, digest, payload
+from e2e_tls import tls_client
+from openssl_peer import Failed
 
 ROOT = Path(__file__).parents[2]
+SIZE = 9_000_000  # more than a socket holds
 VARIANTS = pytest.mark.parametrize("secure", [False, True], ids=["http", "https"])
 
 
@@ -260,6 +264,80 @@ def test_a_server_that_is_down_is_told_of_and_comes_back(nginx: tuple[Bed, Path]
     finally:
         again.terminate()
         again.wait()
+
+
+# -- what holds for every kind of backend ---------------------------------------------------
+
+
+@pytest.fixture(params=["asgi", "upstream", "store"])
+def kind(request: pytest.FixtureRequest) -> tuple[Bed, dict[str, tuple[str, str]]]:
+    """A cluster, and for each of its backends a large response: its path, and its digest."""
+    found: dict[str, tuple[str, str]] = {}
+    if request.param == "asgi":
+        bed = request.getfixturevalue("fastapi")
+        for size in range(SIZE, SIZE + 100):
+            path = f"/download/{size}"
+            found.setdefault(bed.owner(path), (path + "?declared=true", digest(b"x" * size)))
+    elif request.param == "upstream":
+        bed, root = request.getfixturevalue("nginx")
+        for number in range(60):
+            path = f"/each/{number}"
+            if bed.owner(path) not in found:
+                data = payload(path, SIZE + number)
+                (root / "each").mkdir(exist_ok=True)
+                (root / path[1:]).write_bytes(data)
+                found[bed.owner(path)] = path, digest(data)
+    else:
+        bed = request.getfixturevalue("objects")
+        for node in bed.backends:
+            path = bed.key(node, "each")
+            found[node] = path, digest(bed.store(path, SIZE))
+    assert set(found) == set(bed.backends)
+    return bed, found
+
+
+@pytest.fixture(scope="module")
+def objects() -> Iterator[Bed]:
+    with bed(tls=True) as found:
+        yield found
+
+
+@VARIANTS
+def test_one_connection_goes_from_backend_to_backend(
+    kind: tuple[Bed, dict[str, tuple[str, str]]], secure: bool
+) -> None:
+    """Whatever answers: whole responses, from the node that each belongs to, on one connection."""
+    bed, responses = kind
+    asker = tls_client(bed) if secure else bed.client
+    handoffs = bed.total("handoffs_in")
+    with asker.open() as conn:
+        for node in ("be1", "be2", "be3", "be1", "be3"):
+            path, expected = responses[node]
+            answer = conn.request("GET", path)
+            assert (answer.status, answer.sha256) == (200, expected)
+            assert answer.node in (f"{node}/0", "")
+    assert bed.total("handoffs_in") == handoffs + 5
+
+
+@VARIANTS
+def test_a_backend_that_dies_leaves_nobody_waiting(
+    kind: tuple[Bed, dict[str, tuple[str, str]]], secure: bool
+) -> None:
+    """In the middle of a response: its client is told; the others' do not notice."""
+    bed, responses = kind
+    asker = tls_client(bed) if secure else bed.client
+    path, expected = responses["be2"]
+    other, others = responses["be3"]
+    with asker.open(rcvbuf=16384) as dying, asker.open() as living:
+        assert living.request("GET", other).sha256 == others
+        dying.send(dying.start("GET", path))
+        assert dying.response_head().status == 200
+        bed.cluster.kill("be2")
+        with pytest.raises((Cut, OSError, Failed)):
+            dying.take(SIZE, Sink())
+        assert living.request("GET", other).sha256 == others
+    bed.cluster.restart("be2")
+    assert wait_for(lambda: asker.once("GET", path).sha256 == expected, 20)
 
 
 # -- S3 -------------------------------------------------------------------------------------

@@ -68,9 +68,10 @@ def test_examples(make_bed: Callable[..., Bed]) -> None:
 
 
 def _linked(bed: Bed) -> bool:
-    """The frontend can offer connections to all backends."""
+    """The frontend can offer connections to all backends, and finds them fit."""
     (status,) = bed.cluster.statuses("fe1")
-    return all(status["peers"].values())
+    fit = all(node["state"] == "fit" for node in status["health"].values())
+    return fit and all(status["peers"].values())
 
 
 def _routed(bed: Bed) -> None:
