@@ -149,6 +149,18 @@ class Backend(Node):
             await self.replicated.leave(self.config.cluster.lease)
         await super().drain()
 
+    def refuse_new(self) -> None:
+        """As :meth:`Node.refuse_new`; other replicas answer from now on."""
+        super().refuse_new()
+        if self.replicated is not None:
+            self.replicated.begin_leaving(self.config.cluster.lease)
+
+    def accept_again(self) -> None:
+        """As :meth:`Node.accept_again`."""
+        super().accept_again()
+        if self.replicated is not None:
+            self.replicated.stay()
+
     async def close(self) -> None:
         """Close everything at once."""
         if self._listener is not None:

@@ -115,6 +115,7 @@ class ReplicatedStore(ObjectStore):
             load=load,
         )
         replicas.local = self.replicator
+        self._leaving: asyncio.Task[None] | None = None
 
     # -- life -----------------------------------------------------------------------------------
 
@@ -132,6 +133,18 @@ class ReplicatedStore(ObjectStore):
         """Have the others go on without this node; other nodes answer its requests from now on."""
         if not await self.replicator.leave(seconds):
             log.info("this node stops without having been left out of the view")
+
+    def begin_leaving(self, seconds: float) -> None:
+        """:meth:`leave`, while this node goes on passing requests to the others."""
+        if self._leaving is None:
+            self._leaving = self.replicator._spawn(self.leave(seconds))
+
+    def stay(self) -> None:
+        """Take part again after all."""
+        if self._leaving is not None:
+            self._leaving.cancel()
+            self._leaving = None
+        self.replicator.stay()
 
     async def stop(self) -> None:
         """End everything that replicates."""

@@ -172,6 +172,11 @@ class Membership:
         self.leaving = True
         self._renew_at = 0.0
 
+    def stay(self) -> None:
+        """Do not want out any more."""
+        self.leaving = False
+        self._renew_at = 0.0
+
     # -- events -------------------------------------------------------------------------------
 
     def tick(self, now: float) -> Out:

@@ -75,6 +75,11 @@ class Replicator(Member):
             await self.changed(_RETRY / 5)
         return await super().leave(deadline - self.clock())
 
+    def stay(self) -> None:
+        """Take part again, after :meth:`leave`."""
+        self.retiring = False
+        self.membership.stay()
+
     # -- reads ----------------------------------------------------------------------------------
 
     def reading(self, key: bytes) -> Reading:

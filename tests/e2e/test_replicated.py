@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -224,25 +226,34 @@ def test_a_replica_stands_still_and_goes_on(make_bed: Callable[..., Bed]) -> Non
     settle_and_compare(bed, load)
 
 
-def test_a_replica_is_restarted_under_load(make_bed: Callable[..., Bed]) -> None:
-    """It has itself left out first: no request fails."""
+def test_a_replica_is_drained_and_restarted_under_load(make_bed: Callable[..., Bed]) -> None:
+    """It has itself left out first, and its connections go on elsewhere: no request fails."""
     bed = make_bed(placement="replicated", replicas=2)
     stop = threading.Event()
-    body = payload("restart", 40_000)
+    body = payload("drain", 40_000)
 
     def client(number: int) -> list[tuple[str, int]]:
-        seen = []
+        seen: list[tuple[str, int]] = []
         while not stop.is_set():
-            path = f"/restart/{number}/{len(seen) % 8}"
-            for method, data in (("PUT", body), ("GET", None)):
-                answer = bed.client.once(method, path, data)
-                seen.append((method, answer.status))
+            with bed.client.open() as conn:
+                for turn in range(20):
+                    path = f"/drain/{number}/{turn % 8}"
+                    put = conn.request("PUT", path, body)
+                    get = (
+                        bed.client.once("GET", path) if closing(put) else conn.request("GET", path)
+                    )
+                    seen += [("PUT", put.status), ("GET", get.status)]
+                    if closing(put) or closing(get):
+                        break
         return seen
 
     with ThreadPoolExecutor(4) as pool:
         clients = [pool.submit(client, number) for number in range(4)]
         try:
             time.sleep(0.5)
+            command = [sys.executable, "-m", "prism", "drain", "be2", "--lab", bed.cluster.name]
+            ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+            assert ran.returncode == 0, ran.stderr
             bed.cluster.restart("be2")
             assert wait_for(lambda: state(bed, "be2") == "serving", 30.0)
         finally:
@@ -251,6 +262,10 @@ def test_a_replica_is_restarted_under_load(make_bed: Callable[..., Bed]) -> None
     assert len(seen) > 100
     bad = [entry for entry in seen if entry[1] not in (200, 201, 204)]
     assert bad == []
+
+
+def closing(answer: Response) -> bool:
+    return answer.headers.get("connection") == "close"
 
 
 @pytest.mark.parametrize("lost", ["be1"])
