@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -138,6 +139,30 @@ def test_the_listing_tells_each_key_once(shared: Bed) -> None:
             break
         after = page["next_start_after"]
     assert told == wanted
+
+
+def kv(bed: Bed, *arguments: str) -> subprocess.Popen[str]:
+    program = Path(__file__).parents[2] / "examples/replicated_kv/kv.py"
+    command = [sys.executable, str(program), bed.cluster.url, *arguments]
+    return bed.cluster.popen("client", command, stdout=subprocess.PIPE, text=True)
+
+
+def said(process: subprocess.Popen[str]) -> str:
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    return out.strip()
+
+
+def test_the_key_value_example_counts_exactly(shared: Bed) -> None:
+    said(kv(shared, "set", "colour", '"green"'))
+    assert said(kv(shared, "get", "colour")) == '"green"'
+    counters = [kv(shared, "add", "visits", str(amount)) for amount in (1, 10, 100, 1000)]
+    for process in counters:
+        said(process)
+    assert said(kv(shared, "get", "visits")) == "1111"
+    assert said(kv(shared, "keys")).split() == ["colour", "visits"]
+    said(kv(shared, "del", "colour"))
+    assert said(kv(shared, "get", "colour")) == "null"
 
 
 def fail_and_return(bed: Bed, load: Load, fault: Callable[[], None], back: Callable[[], None]):
