@@ -31,6 +31,13 @@ def peek(fd: int, limit: int, /) -> bytes:
         OSError: the connection is lost.
     """
 
+def drop(fd: int, n: int, /) -> int:
+    """Take up to ``n`` octets out of a TCP socket's receive queue, uncopied; how many that were.
+
+    Raises:
+        OSError: the connection is lost.
+    """
+
 def quiet(fd: int, /) -> bool:
     """Whether a socket is open and has nothing to read: no octets, no end of file, no error."""
 

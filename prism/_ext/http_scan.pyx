@@ -13,6 +13,7 @@ cdef extern from "sys/socket.h" nogil:
     enum:
         MSG_DONTWAIT
         MSG_PEEK
+        MSG_TRUNC
     ssize_t recv(int fd, void *buffer, size_t size, int flags)
 
 cdef extern from "http_scan.h" nogil:
@@ -168,6 +169,18 @@ def peek(int fd, Py_ssize_t limit, /):
     if size < 0:
         raise BlockingIOError(EAGAIN, "nothing to read now")
     return PyBytes_FromStringAndSize(_buffer, size)
+
+
+def drop(int fd, size_t n, /):
+    cdef ssize_t size
+    while True:
+        size = recv(fd, NULL, n, MSG_TRUNC | MSG_DONTWAIT)
+        if size >= 0:
+            return size
+        if errno == EAGAIN:
+            return 0
+        if errno != EINTR:
+            PyErr_SetFromErrno(OSError)
 
 
 def quiet(int fd, /):

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from prism.http.head import RequestHead
 
-__all__ = ["conditional", "http_date", "parse_date", "parse_range", "precondition"]
+__all__ = ["asks_for_less", "conditional", "http_date", "parse_date", "parse_range", "precondition"]
 
 _TAG = re.compile(rb'[ \t]*(W/)?("[!#-~\x80-\xff]*")[ \t]*(?:,|\Z)')
 _RANGE = re.compile(rb"bytes=[ \t]*(?:([0-9]{1,19})-([0-9]{0,19})|-([0-9]{1,19}))[ \t]*", re.I)
@@ -49,6 +49,11 @@ def _matches(value: bytes, etag: bytes | None, *, weak: bool) -> bool:
 def conditional(head: RequestHead) -> bool:
     """Whether a request may have preconditions."""
     return any([name.startswith(b"if-") for name, _ in head.headers])  # noqa: C419 - faster
+
+
+def asks_for_less(head: RequestHead) -> bool:
+    """Whether a request may be answered with less than the whole object."""
+    return any([name == b"range" or name[:3] == b"if-" for name, _ in head.headers])  # noqa: C419
 
 
 def precondition(head: RequestHead, etag: bytes | None, modified: int) -> int:

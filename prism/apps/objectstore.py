@@ -35,8 +35,9 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 from urllib.parse import parse_qsl
 
-from prism.apps.conditions import conditional, http_date, parse_range, precondition
+from prism.apps.conditions import asks_for_less, conditional, parse_range, precondition
 from prism.apps.keytree import MAX_KEY
+from prism.apps.objectcache import ObjectCache, object_fields
 from prism.apps.objectfile import ObjectMeta, StoreError
 from prism.apps.objects import Condition, DigestMismatch, Objects, Upload
 from prism.http.exchange import Exchange, Rest
@@ -78,6 +79,7 @@ class ObjectStore:
     ) -> None:
         self.objects = Objects(Path(root), durable=durable)
         self.max_size = max_size
+        self._cache = ObjectCache()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="objects")
 
     def close(self) -> None:
@@ -108,6 +110,11 @@ class ObjectStore:
 
     def _get(self, exchange: Exchange) -> Rest:
         head = exchange.head
+        whole_wanted = not asks_for_less(head)
+        path = self.objects.path(head.key)
+        ready = self._cache.get(path) if whole_wanted else None
+        if ready is not None:
+            return exchange.respond_ready(200, ready.lines, ready.body)
         try:
             opened = self.objects.open(head.key)
         except (OSError, StoreError) as error:
@@ -117,6 +124,7 @@ class ObjectStore:
         fd, meta = opened
         part: tuple[int, int] | None = None
         try:
+            ready = self._cache.keep(path, fd, meta) if whole_wanted else None
             etag = meta.etag
             status = precondition(head, etag, meta.modified)
             if not status:
@@ -124,12 +132,10 @@ class ObjectStore:
         except BaseException:
             os.close(fd)
             raise
-        headers = [
-            *meta.fields,
-            (b"ETag", etag),
-            (b"Last-Modified", http_date(meta.modified)),
-            (b"Accept-Ranges", b"bytes"),
-        ]
+        if ready is not None:
+            os.close(fd)
+            return exchange.respond_ready(200, ready.lines, ready.body)
+        headers = object_fields(meta)
         if status or (part is not None and not part[1]):
             os.close(fd)
             if status == 304:

@@ -42,7 +42,7 @@ from prism.http.response import (
 )
 from prism.http.stream import Stream
 
-__all__ = ["App", "Exchange", "Headers", "Rest", "Waits", "error_response"]
+__all__ = ["App", "Exchange", "Headers", "Rest", "Waits", "error_response", "field_lines"]
 
 Headers = Sequence[tuple[bytes, bytes]]
 Rest = Coroutine[Any, Any, None] | None
@@ -63,6 +63,18 @@ class App(Protocol):
         run to its end or cancelled when the connection goes away.
         """
         ...
+
+
+def field_lines(headers: Headers) -> bytes:
+    """Header fields with their line ends.
+
+    Raises:
+        ValueError: one has a line end or NUL in it.
+    """
+    lines = b"".join([b"%b: %b\r\n" % field for field in headers])
+    if lines.count(b"\n") != len(headers) or lines.count(b"\r") != len(headers) or b"\0" in lines:
+        raise ValueError("a response header field with a line end or NUL in it")
+    return lines
 
 
 class Waits(Protocol):
@@ -158,6 +170,20 @@ class Exchange:
         if len(body) <= _SMALL:
             return self._send(head + body, last=True)
         return self._send_rest((head, body))
+
+    def respond_ready(self, status: int, lines: bytes, body: bytes) -> Rest:
+        """As :meth:`respond`, with lines of :func:`field_lines`; Date and Server not among them."""
+        if self.started:
+            raise RuntimeError("this exchange has a response already")
+        self.status = status
+        self.started = True
+        self._left = 0
+        framing, connection = self._framing(len(body)), self._connection()
+        if self.bodiless:
+            body = b""
+        self.sent = len(body)
+        parts = (status_line(status), lines, date_line(), self._server, framing, connection)
+        return self._send(b"".join((*parts, b"\r\n", body)), last=True)
 
     def fail(self, error: HttpError) -> Rest:
         """Answers with an error status and a JSON document that says what is wrong."""

@@ -14,6 +14,7 @@ import struct
 import termios
 from collections.abc import Callable
 
+from prism._ext.http_scan import drop, peek
 from prism.flow import Flow
 from prism.http.stream_protocol import PEEK_LIMIT, Stream
 
@@ -118,7 +119,7 @@ class PlainStream:
         if len(pending) >= limit:
             return pending[:limit]
         try:
-            data = self.sock.recv(limit - len(pending), socket.MSG_PEEK)
+            data = peek(self._fd, limit - len(pending))
         except BlockingIOError:
             if not pending:
                 raise
@@ -158,10 +159,7 @@ class PlainStream:
             self._pending = self._pending[taken:]
             n -= taken
         while n > 0:
-            try:
-                taken = len(self.sock.recv(n, socket.MSG_TRUNC))  # dropped in the kernel, uncopied
-            except BlockingIOError:
-                taken = 0
+            taken = drop(self._fd, n)
             if not taken:
                 raise ValueError(f"{n} octets to consume are not there")
             n -= taken
