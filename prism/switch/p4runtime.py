@@ -24,7 +24,7 @@ from typing import Any, Final, NamedTuple
 
 from google.rpc import code_pb2 as codes
 
-from prism.errors import SwitchError
+from prism.errors import ConfigError, SwitchError
 from prism.switch.base import Change, Rule
 from prism.switch.control import Status
 from prism.switch.p4runtime_messages import p4
@@ -75,6 +75,9 @@ class P4Driver:
             another one is.
         on_packet: takes the packets that the switch gives to its CPU port.
         incarnation: the number to store with each rule.
+
+    Raises:
+        ConfigError: files for TLS cannot be used.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class P4Driver:
     ) -> None:
         self.counters = DriverCounters()
         self.ready = False
+        settings.tls.controller()  # what is wrong with it is told at once, not when it is needed
         self._settings = settings
         self._pipeline = pipeline
         self._codec = Codec(pipeline)
@@ -116,7 +120,7 @@ class P4Driver:
                 try:
                     await self._one_session()
                     pause, told = _BACK_OFF[0], False
-                except SwitchError as error:
+                except (SwitchError, ConfigError) as error:
                     if not told:
                         _log.warning("%s; trying again", error)
                     told = True
@@ -145,7 +149,18 @@ class P4Driver:
         session = self._session = Session(settings, on_stream)
         await self._call(session.open)
         self.counters.sessions += 1
-        while (message := await messages.get()) is not None:
+        patience: float | None = settings.timeout  # for the election; then news come when they come
+        while True:
+            try:
+                async with asyncio.timeout(patience):
+                    message = await messages.get()
+            except TimeoutError:
+                raise SwitchError(
+                    f"the P4Runtime switch at {settings.address} does not say who is its primary"
+                ) from None
+            if message is None:
+                break
+            patience = None
             kind = message.WhichOneof("update")
             if kind == "packet" and self.ready:
                 self._on_packet(message.packet.payload)

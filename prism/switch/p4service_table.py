@@ -25,6 +25,8 @@ from prism.switch.p4runtime_rules import Codec, Facts, Key, Value, canonical
 
 __all__ = ["EntryTable", "UpdateError"]
 
+_SPEAKERS: Final = 4
+_MAX_METADATA: Final = 1024  # octets of one entry
 _MAPPED: Final = bytes(10) + b"\xff\xff"
 _REFUSALS: Final = {
     Status.FULL: (codes.RESOURCE_EXHAUSTED, "the table is full"),
@@ -122,6 +124,8 @@ class EntryTable:
         if update.type == p4.Update.INSERT:
             if there is not None:
                 raise UpdateError(codes.ALREADY_EXISTS, "there is an entry with this match")
+            if len(self._entries[key.table]) >= self._room(key):
+                raise UpdateError(codes.RESOURCE_EXHAUSTED, "the table is full")
             value: Value | None = self._value(entry)
         elif update.type in (p4.Update.MODIFY, p4.Update.DELETE):
             if there is None:
@@ -131,6 +135,11 @@ class EntryTable:
             raise UpdateError(codes.INVALID_ARGUMENT, "an update is INSERT, MODIFY or DELETE")
         self._put(key, value)
         return _Undo(key, there)
+
+    def _room(self, key: Key) -> int:
+        """Entries that a table may have: of ``to_client`` a rule has two, a moved one more."""
+        most = self._store.max_rules * (1 if self._codec.is_rule(key) else _SPEAKERS)
+        return min(most, self.pipeline.tables[key.table].size)
 
     def _put(self, key: Key, value: Value | None) -> None:
         """Change one entry and the rule that it is part of; all or nothing."""
@@ -297,6 +306,11 @@ class EntryTable:
         if entry.idle_timeout_ns or entry.is_const:
             raise UpdateError(
                 codes.INVALID_ARGUMENT, f"{table.name}: no idle time-outs, no constant entries"
+            )
+        if len(entry.metadata) > _MAX_METADATA:
+            raise UpdateError(
+                codes.RESOURCE_EXHAUSTED,
+                f"{table.name}: at most {_MAX_METADATA} octets of metadata",
             )
         if entry.action.WhichOneof("type") != "action":
             raise UpdateError(codes.INVALID_ARGUMENT, f"{table.name}: an entry needs an action")

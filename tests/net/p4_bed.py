@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import random
 from collections.abc import AsyncIterator, Iterable, Sequence
+from typing import Any
 
 from switch_bed import bpffs
 
@@ -16,7 +17,6 @@ from prism.switch.ebpf import EbpfSwitch
 from prism.switch.p4runtime import P4Driver
 from prism.switch.p4runtime_pipeline import load
 from prism.switch.p4runtime_session import SessionSettings
-from prism.switch.p4runtime_tls import NO_TLS, TlsFiles
 from prism.switch.p4service import P4Service
 from prism.switch.p4service_table import EntryTable
 
@@ -28,11 +28,11 @@ OWNERS = (("10.50.3.2", "10.50.4.2"), ("fd50:3::2", "fd50:4::2"))
 class Controller:
     """A driver, and what it has told."""
 
-    def __init__(self, address: str, priority: int = 1, tls: TlsFiles = NO_TLS) -> None:
+    def __init__(self, address: str, priority: int = 1, **settings: Any) -> None:
         self.rules: dict[bytes, Rule] = {}
         self.primary = asyncio.Event()
         self.driver = P4Driver(
-            SessionSettings(address=address, election_id=(priority, 1), tls=tls),
+            SessionSettings(address=address, election_id=(priority, 1), **settings),
             load(),
             adopt=self.adopt,
             stand_by=lambda other: self.primary.clear(),

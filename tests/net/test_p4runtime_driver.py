@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import pytest
-from p4_bed import CLIENTS, OWNERS, SERVICES, World, directly, make_world, operation
+from p4_bed import CLIENTS, OWNERS, SERVICES, Controller, World, directly, make_world, operation
 
 from prism.errors import SwitchError
 from prism.flow import Endpoint, Flow
 from prism.switch.base import Change, Rule
 from prism.switch.control import Status
+from prism.switch.p4service import P4Service
 
 pytestmark = pytest.mark.net
 
@@ -94,6 +96,31 @@ async def test_former_owners_stay_silent_for_a_moment(world: World) -> None:
         while len(world.service.table) != 3:
             await asyncio.sleep(0.05)
     assert list(world.served.rules()) == [moved]
+
+
+class Silent(P4Service):
+    """A switch that takes a stream and never says a word."""
+
+    def StreamChannel(self, requests: Any, context: Any) -> Iterator[Any]:
+        yield from (None for _ in requests if False)
+
+
+async def test_a_switch_that_stays_silent_is_tried_again(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = Silent(world.service.table, "127.0.0.1:0")
+    service.start()
+    controller = Controller(f"127.0.0.1:{service.port}", timeout=0.3)
+    try:
+        async with asyncio.timeout(15):
+            while controller.driver.counters.sessions < 3:
+                await asyncio.sleep(0.02)
+        assert not controller.driver.ready
+        told = [record.getMessage() for record in caplog.records]
+        assert sum("does not say who is its primary" in text for text in told) == 1
+    finally:
+        await controller.close()
+        service.close()
 
 
 async def test_a_full_switch_is_told(world: World) -> None:

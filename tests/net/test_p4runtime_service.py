@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -146,6 +147,87 @@ def test_fuzzed_updates_never_change_the_table_when_refused(served: Served) -> N
         ((code, text),) = served.write(update)
         assert code == codes.OK or (served.state() == before and text)
     assert served.stub.Capabilities(p4.CapabilitiesRequest()).p4runtime_api_version
+
+
+def _requests(served: Served) -> dict[str, Any]:
+    """One good request of each call that could change something, or tell."""
+    write = p4.WriteRequest(device_id=1, updates=served.updates(MODIFY, rule(locked=True)))
+    config = p4.SetForwardingPipelineConfigRequest(
+        device_id=1, action=p4.SetForwardingPipelineConfigRequest.VERIFY
+    )
+    for request in (write, config):
+        request.election_id.low = 10
+    config.config.p4info.CopyFrom(served.table.pipeline.p4info)
+    read = p4.ReadRequest(device_id=1)
+    read.entities.add().table_entry.table_id = served.table.pipeline.table("to_owner_v4").id
+    return {
+        "Write": write,
+        "SetForwardingPipelineConfig": config,
+        "Read": read,
+        "GetForwardingPipelineConfig": p4.GetForwardingPipelineConfigRequest(device_id=1),
+    }
+
+
+def _send(served: Served, call: str, data: bytes) -> grpc.RpcError | None:
+    """Octets as a request; the error that comes of it."""
+    kind = served.channel.unary_stream if call == "Read" else served.channel.unary_unary
+    try:
+        answer = kind(f"/p4.v1.P4Runtime/{call}")(data, timeout=10)
+        if call == "Read":
+            list(answer)
+    except grpc.RpcError as error:
+        return error
+    return None
+
+
+def test_requests_of_damaged_octets(served: Served) -> None:
+    """Whole requests with octets changed, cut off or put in; and octets that are no request."""
+    random.seed(7)
+    served.write(*served.updates(INSERT, rule()))
+    seen: Counter[Any] = Counter()
+    for call, request in _requests(served).items():
+        good = request.SerializeToString()
+        assert _send(served, call, good) is None
+        for number in range(80):
+            served.write(*served.updates(MODIFY, rule()))
+            before = served.state()
+            data = bytearray(good) if number % 8 else bytearray(random.randbytes(number))
+            for _ in range(random.randint(1, 3)):
+                at = random.randrange(len(data)) if data else 0
+                data[at : at + random.randrange(3)] = random.randbytes(random.randrange(3))
+            error = _send(served, call, bytes(data))
+            if error is None:
+                seen[call, "OK"] += 1
+                continue
+            code = error.code()
+            seen[call, code] += 1
+            assert code not in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE)
+            assert error.details()
+            if code != grpc.StatusCode.UNKNOWN:  # then some of the updates were good
+                assert served.state() == before, (call, bytes(data))
+            else:
+                assert dict(error.trailing_metadata())["grpc-status-details-bin"]
+    refused = {(call, code) for call, code in seen if code != "OK"}
+    assert len(refused) >= 8, seen
+    assert served.write(*served.updates(MODIFY, rule()))[0] == (codes.OK, "")
+
+
+def test_what_is_too_large(served: Served) -> None:
+    update = served.updates(INSERT, rule())[2]
+    update.entity.table_entry.metadata = bytes(1025)
+    assert served.write(update)[0][0] == codes.RESOURCE_EXHAUSTED
+    update.entity.table_entry.metadata = bytes(17 << 20)
+    with pytest.raises(grpc.RpcError) as caught:
+        served.write(update)
+    assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert caught.value.details()
+    assert len(served.table) == 0
+    # entries of to_client that belong to no rule are bounded, too
+    speakers = [served.updates(INSERT, rule(1000 + number))[0] for number in range(300)]
+    results = []
+    for start in range(0, 300, 50):  # the errors of larger batches are too much for gRPC's limit
+        results += [code for code, _ in served.write(*speakers[start : start + 50])]
+    assert results == [codes.OK] * 256 + [codes.RESOURCE_EXHAUSTED] * 44
 
 
 def test_who_may_write(served: Served) -> None:
