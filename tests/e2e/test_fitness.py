@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from e2e_bed import Bed, bed, wait_for
-from e2e_http import Client, Conn
+from e2e_http import Client, Conn, Response
 from e2e_tls import tls_client
 
 HERE = Path(__file__).parent
@@ -154,18 +154,26 @@ class Load:
         goal = [count + more for count in self.served]
         return bool(wait_for(lambda: all(map(int.__ge__, self.served, goal)), 20))
 
+    def ask(self, conn: Conn, path: str, *, writes: bool) -> Response:
+        """One request."""
+        return conn.request("POST", path, b"x" * 3000) if writes else conn.request("GET", path)
+
+    def good(self, answer: Response, path: str, *, writes: bool) -> bool:
+        """Whether this is the answer."""
+        return (answer.status, answer.body) == (200, path.encode())
+
     def _ask(self, number: int) -> None:
         turn = number
         conn: Conn | None = None
         while not self._over.is_set():
             path = self._paths[turn % len(self._paths)]
-            method, body = ("POST", b"x" * 3000) if turn % 3 == 0 else ("GET", None)
+            writes = turn % 3 == 0
             turn += 1
             try:
                 conn = conn or self._clients[number % len(self._clients)].connect()
-                answer = conn.request(method, path, body)
-                if (answer.status, answer.body) != (200, path.encode()):
-                    self.failed.append(answer)
+                answer = self.ask(conn, path, writes=writes)
+                if not self.good(answer, path, writes=writes):
+                    self.failed.append((path, writes, answer))
                 self.served[number] += 1
                 if answer.headers.get("connection") == "close":
                     conn.close()
