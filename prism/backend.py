@@ -8,6 +8,7 @@ import socket
 from time import monotonic_ns
 from typing import TYPE_CHECKING, Any
 
+from prism._ext.http_scan import answer_ready
 from prism.apps.hosted import Hosted, hosted
 from prism.apps.objectstore import ObjectStore
 from prism.apps.refusal import Refusal
@@ -21,6 +22,7 @@ from prism.handoff.wire import Offer, Reason, Refused
 from prism.http.connection import Connection, State
 from prism.http.exchange import App
 from prism.http.head import RequestHead
+from prism.http.response import date_line
 from prism.http.stream import PlainStream
 from prism.listener import Listener
 from prism.monitor.base import Gone
@@ -105,6 +107,7 @@ class Backend(Node):
         self.store = self._open_store() if self.hosted is None else None
         self.listing = self.whole_listing()
         self._listener: Listener | None = None
+        self._server_line = b"Server: %b\r\n" % self.server
 
     def _open_store(self) -> ObjectStore:
         if self.replicas is not None:
@@ -201,8 +204,33 @@ class Backend(Node):
         connection = Connection(
             PlainStream(sock, flow), flow, key, self, local=local, relayed_in=True
         )
+        connection.shortcut = self._answer_ready
         self.connections[key] = connection
         connection.start()
+
+    def _answer_ready(self, connection: Connection) -> bool | None:
+        """What another node relays is nearly always a GET of an object that was asked for before.
+
+        It is answered in one call then: no decision is to be made about it any more.
+        """
+        store, stream = self.store, connection.stream
+        if store is None or self.replicas is not None or self.draining.active or stream.pending:
+            return None
+        try:
+            done = answer_ready(
+                stream.fileno(), store.ready.entries, self.limits, self._server_line, date_line()
+            )
+        except OSError:
+            connection.close(abort=True)
+            return False
+        if done is None:
+            return None
+        octets, rest, more = done
+        self.metrics.requests.add("GET", 200)
+        self.metrics.bytes_out += octets
+        if rest:
+            connection.send_rest(rest)
+        return more
 
     def closed(self, connection: Connection) -> None:
         """Forget a connection."""

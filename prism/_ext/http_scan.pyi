@@ -69,6 +69,32 @@ def receive_response(
         OSError: the connection is lost.
     """
 
+def answer_ready(
+    fd: int,
+    entries: dict[bytes, Any],
+    limits: tuple[int, int, int],
+    server: bytes,
+    date: bytes,
+    /,
+) -> tuple[int, bytes, bool] | None:
+    """Answer a plain GET at the beginning of a socket's input from objects that are ready.
+
+    Args:
+        fd: a connection on which every request is for these objects.
+        entries: by key, a tuple: stamp (inode, size, nanoseconds of the last modification and
+            change), field lines, body, path; the one used last is put to the end.
+        limits: as for `scan_request`.
+        server: the Server line; may be empty.
+        date: the Date line.
+
+    Returns:
+        Octets of the body, what the socket did not take of the response, and whether there was more
+        in the input. ``None``: nothing was done, the request is to be looked at in full.
+
+    Raises:
+        OSError: the connection is lost; the request was taken out of the input.
+    """
+
 def rewrite_response(
     data: bytes,
     status_lines: dict[int, bytes],

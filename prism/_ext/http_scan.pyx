@@ -12,9 +12,25 @@ from libc.string cimport memcpy
 cdef extern from "sys/socket.h" nogil:
     enum:
         MSG_DONTWAIT
+        MSG_NOSIGNAL
         MSG_PEEK
         MSG_TRUNC
     ssize_t recv(int fd, void *buffer, size_t size, int flags)
+
+    ssize_t send(int fd, const void *data, size_t size, int flags)
+
+cdef extern from "sys/stat.h" nogil:
+    struct timespec:
+        long tv_sec
+        long tv_nsec
+
+    struct stat_result "stat":
+        unsigned long st_ino
+        long st_size
+        timespec st_mtim
+        timespec st_ctim
+
+    int stat(const char *path, stat_result *out)
 
 cdef extern from "http_scan.h" nogil:
     enum:
@@ -52,6 +68,7 @@ cdef extern from "http_scan.h" nogil:
     int prism_scan_request(const char *data, size_t size, size_t max_target,
                            prism_request_scan *out)
     int prism_scan_response(const char *data, size_t size, prism_response_scan *out)
+    int prism_asks_for_less(const char *data, const prism_request_scan *request)
 
 
 cdef enum:
@@ -270,3 +287,60 @@ cdef object _rewrite(
     to[1] = c'\n'
     memcpy(to + 2, data + found.length, body)
     return found.status, made, body, due - body
+
+
+cdef bint _is_current(tuple entry):
+    """Whether the file is still the one that an entry was made from."""
+    cdef stat_result now
+    cdef tuple stamp = <tuple?>entry[0]
+    if stat(PyBytes_AS_STRING(<bytes?>entry[3]), &now) != 0:
+        return False
+    return (
+        <unsigned long>stamp[0] == now.st_ino
+        and <long>stamp[1] == now.st_size
+        and <long long>stamp[2] == now.st_mtim.tv_sec * 1000000000LL + now.st_mtim.tv_nsec
+        and <long long>stamp[3] == now.st_ctim.tv_sec * 1000000000LL + now.st_ctim.tv_nsec
+    )
+
+
+def answer_ready(int fd, dict entries not None, object limits, bytes server, bytes date, /):
+    cdef prism_request_scan found
+    cdef prism_span part
+    cdef ssize_t size, sent
+    cdef unsigned int max_fields = limits[1]
+    cdef bytes key, body, data
+    cdef object entry
+    size = recv(fd, _buffer, BUFFER, MSG_PEEK | MSG_DONTWAIT)
+    if size <= 0 or not prism_scan_request(_buffer, size, limits[2], &found):
+        return None
+    if (
+        not found.plain_path
+        or not found.keep_alive
+        or found.body > 0
+        or found.method.size != 3
+        or _buffer[0] != c'G'
+        or found.length > <size_t>limits[0]
+        or found.fields_count > max_fields
+        or prism_asks_for_less(_buffer, &found)
+    ):
+        return None
+    part.begin = found.target.begin + 1
+    part.size = found.path - 1
+    key = _cut(_buffer, part)
+    entry = entries.get(key)
+    if entry is None or not _is_current(<tuple>entry):
+        return None
+    entries[key] = entries.pop(key)  # the one used last
+    body = <bytes?>entry[2]
+    data = b"HTTP/1.1 200 OK\r\n%b%b%bContent-Length: %d\r\n\r\n%b" % (
+        entry[1], date, server, PyBytes_GET_SIZE(body), body
+    )
+    # What is left of a response that does not fit is sent by the caller.
+    if recv(fd, NULL, found.length, MSG_TRUNC | MSG_DONTWAIT) != <ssize_t>found.length:
+        return None
+    sent = send(fd, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), MSG_DONTWAIT | MSG_NOSIGNAL)
+    if sent < 0:
+        if errno != EAGAIN and errno != EINTR:
+            PyErr_SetFromErrno(OSError)
+        sent = 0
+    return PyBytes_GET_SIZE(body), data[sent:], size > <ssize_t>found.length

@@ -30,6 +30,7 @@ class Ready(NamedTuple):
     stamp: Stamp
     lines: bytes  # header fields, with their line ends
     body: bytes
+    path: bytes
 
 
 def object_fields(meta: ObjectMeta) -> list[tuple[bytes, bytes]]:
@@ -43,38 +44,47 @@ def object_fields(meta: ObjectMeta) -> list[tuple[bytes, bytes]]:
 
 
 class ObjectCache:
-    """Objects by path. For one thread.
+    """Objects by key. For one thread.
 
     Args:
         room: octets to hold at most, everything counted.
+
+    Attributes:
+        entries: what is kept; the one used longest ago first.
     """
 
-    __slots__ = ("_entries", "_left")
+    __slots__ = ("_left", "entries")
 
     def __init__(self, room: int = 8 << 20) -> None:
         self._left = room
-        self._entries: dict[bytes, Ready] = {}  # the one used longest ago first
+        self.entries: dict[bytes, Ready] = {}
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self.entries)
 
-    def get(self, path: bytes) -> Ready | None:
-        """The object whose file is at ``path`` now, if it is kept."""
-        found = self._entries.pop(path, None)
+    def get(self, key: bytes) -> Ready | None:
+        """The object, if it is kept and its file is still the same."""
+        found = self.entries.pop(key, None)
         if found is None:
             return None
         try:
-            current = _stamp(os.stat(path))  # noqa: PTH116 - paths are octets here
+            current = _stamp(os.stat(found.path))  # noqa: PTH116 - paths are octets here
         except OSError:
             current = None
         if current != found.stamp:
             self._left += len(found.body) + _OVERHEAD
             return None
-        self._entries[path] = found
+        self.entries[key] = found
         return found
 
-    def keep(self, path: bytes, fd: int, meta: ObjectMeta) -> Ready | None:
+    def keep(self, key: bytes, path: bytes, fd: int, meta: ObjectMeta) -> Ready | None:
         """Read an open object and keep it; ``None`` where it is too large, or too young.
+
+        Args:
+            key: of the object.
+            path: of the file, where it was opened.
+            fd: the open file.
+            meta: what it says.
 
         Raises:
             ValueError: its fields cannot be sent.
@@ -91,11 +101,11 @@ class ObjectCache:
         fields: Headers = object_fields(meta)
         if any(name.lower() in (b"date", b"server") for name, _ in fields):
             return None
-        ready = Ready(_stamp(status), field_lines(fields), body)
+        ready = Ready(_stamp(status), field_lines(fields), body, path)
         self._left -= len(body) + _OVERHEAD
-        self._entries[path] = ready
+        self.entries[key] = ready
         while self._left < 0:
-            oldest = self._entries.pop(next(iter(self._entries)))
+            oldest = self.entries.pop(next(iter(self.entries)))
             self._left += len(oldest.body) + _OVERHEAD
         return ready
 

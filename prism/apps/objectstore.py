@@ -72,6 +72,10 @@ class ObjectStore:
         max_size: octets of the largest object.
         durable: sync to disk before an upload is acknowledged.
         threads: for what blocks on the disk.
+
+    Attributes:
+        objects: on the disk.
+        ready: small ones in memory.
     """
 
     def __init__(
@@ -79,7 +83,7 @@ class ObjectStore:
     ) -> None:
         self.objects = Objects(Path(root), durable=durable)
         self.max_size = max_size
-        self._cache = ObjectCache()
+        self.ready = ObjectCache()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="objects")
 
     def close(self) -> None:
@@ -111,8 +115,8 @@ class ObjectStore:
     def _get(self, exchange: Exchange) -> Rest:
         head = exchange.head
         whole_wanted = not asks_for_less(head)
-        path = self.objects.path(head.key)
-        ready = self._cache.get(path) if whole_wanted else None
+        path = self.objects.path(head.key)  # before anything else: it may be no key at all
+        ready = self.ready.get(head.key) if whole_wanted else None
         if ready is not None:
             return exchange.respond_ready(200, ready.lines, ready.body)
         try:
@@ -124,7 +128,7 @@ class ObjectStore:
         fd, meta = opened
         part: tuple[int, int] | None = None
         try:
-            ready = self._cache.keep(path, fd, meta) if whole_wanted else None
+            ready = self.ready.keep(head.key, path, fd, meta) if whole_wanted else None
             etag = meta.etag
             status = precondition(head, etag, meta.modified)
             if not status:

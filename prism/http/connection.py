@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from time import monotonic, monotonic_ns
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ from prism.http.body import ClientGone, IncompleteBody
 from prism.http.exchange import App, Exchange, Rest, error_response
 from prism.http.head import HttpError, Limits, RequestHead, parse_head
 from prism.http.origin import Origin, origin_of, take_origin
+from prism.http.response import send_all
 from prism.http.stream import Stream, has_unread, linger_close
 from prism.placement import Node
 from prism.policy.decision import AUTO, Decision
@@ -80,6 +81,8 @@ class Connection:
         hops: owners the current request has passed without being answered.
         cut: the client ended the connection inside a request body.
         asked_ns: CLOCK_MONOTONIC when the current request's head was complete, nanoseconds.
+        shortcut: called before a request is read. It may answer it from the socket, and says
+            whether there was more input then; ``None``: it has done nothing.
     """
 
     __slots__ = (
@@ -101,6 +104,7 @@ class Connection:
         "place",
         "relayed_in",
         "requests",
+        "shortcut",
         "state",
         "stream",
     )
@@ -132,6 +136,7 @@ class Connection:
         self.requests = 0
         self.cut = False
         self.asked_ns = 0
+        self.shortcut: Callable[[Connection], bool | None] | None = None
         self._task: asyncio.Task[None] | None = None
         self._exchange: Exchange | None = None  # being answered
         self._turns = 0
@@ -177,6 +182,15 @@ class Connection:
     def _next_request(self) -> None:
         """Peek, parse, dispatch; again while requests are there and answered at once."""
         while self.state is State.IDLE:
+            if self.shortcut is not None and self._turns < INLINE_REQUESTS and not self.asked_ns:
+                more = self.shortcut(self)
+                if more is not None:
+                    self._turns += 1
+                    self.requests += 1
+                    self._active_at = monotonic()
+                    if more:
+                        continue
+                    return
             try:
                 data = self.stream.peek()
             except BlockingIOError:
@@ -310,6 +324,19 @@ class Connection:
             self.close(abort=True)
             return None
         return exchange.fail(error)
+
+    def send_rest(self, rest: bytes) -> None:
+        """Go on with a response that a shortcut has begun to send."""
+        self.state = State.SERVING
+        self._stop_reading()
+        self._run(self._send_rest(rest))
+
+    async def _send_rest(self, rest: bytes) -> None:
+        await send_all(self.stream, rest, self.dispatcher.body_timeout)
+        self.state = State.IDLE
+        self._active_at = monotonic()
+        self._task = None
+        self.start()
 
     def decline(self) -> None:
         """Close without an answer to the request, and without a reset: the client may try again."""

@@ -235,6 +235,20 @@ int prism_scan_request(const char *data, size_t size, size_t max_target,
 	return out->host.size > 0;
 }
 
+int prism_asks_for_less(const char *data, const struct prism_request_scan *request)
+{
+	for (unsigned int i = 0; i < request->fields_count; i++) {
+		struct prism_span name = request->fields[i].name;
+
+		if (is_word(data, name, "range"))
+			return 1;
+		name.size = name.size < 3 ? name.size : 3;
+		if (is_word(data, name, "if-"))
+			return 1;
+	}
+	return 0;
+}
+
 /* What a response's field says; 0: more than is understood here; 2: not to be passed on. */
 static int judge_response_field(const char *data, const struct prism_scan_field *field,
 				struct prism_response_scan *out)

@@ -49,4 +49,7 @@ int prism_scan_request(const char *data, size_t size, size_t max_target,
 /* 1: a whole, plain head of a final response with a length is at the beginning; 0: see above. */
 int prism_scan_response(const char *data, size_t size, struct prism_response_scan *out);
 
+/* Whether a request is conditional, or for a range. */
+int prism_asks_for_less(const char *data, const struct prism_request_scan *request);
+
 #endif
