@@ -37,6 +37,7 @@ def extension(name: str, *sources: str, libraries: tuple[str, ...] = ()) -> Exte
 EXTENSIONS = [
     extension("tcp_repair", "tcp_state.c", "tcp_repair.c", "tcp_import.c", "tcp_fin.c"),
     extension("control", "siphash.c"),
+    extension("sockets"),
     extension("http_scan", "http_scan.c"),
     extension("bpf", "bpf_loader.c", libraries=("bpf",)),
     extension(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 import struct
+from functools import lru_cache
 from typing import NamedTuple
 
 from prism.errors import ProtocolError
@@ -21,6 +22,7 @@ _V4_MAPPED = bytes(10) + b"\xff\xff"
 _FLOW = struct.Struct("!16s16sHH")
 
 
+@lru_cache(4096)
 def pack_address(host: str) -> bytes:
     """An IP address as 16 octets, IPv4 in its IPv4-mapped form (RFC 4291, section 2.5.5.2).
 
@@ -35,6 +37,7 @@ def pack_address(host: str) -> bytes:
         raise ProtocolError(f"{host!r} is not an IP address") from None
 
 
+@lru_cache(4096)
 def unpack_address(packed: bytes) -> str:
     """The text of a packed address: dotted quad for IPv4-mapped ones, RFC 5952 text otherwise.
 

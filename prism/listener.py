@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import ipaddress
 import logging
 import socket
 from collections.abc import Callable
 
+from prism._ext.sockets import accept
 from prism.flow import Endpoint
 
 __all__ = ["Listener"]
@@ -33,6 +35,9 @@ class Listener:
         on_accept: called with the socket (non-blocking, TCP_NODELAY set), the client's endpoint
             and the endpoint it connected to.
 
+    Attributes:
+        endpoint: where it listens, with the port that port 0 has become.
+
     Raises:
         OSError: the endpoint cannot be had.
     """
@@ -45,7 +50,12 @@ class Listener:
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._on_accept = on_accept
+        self._family = endpoint.family
         self._sock = _bind(endpoint, backlog)
+        self.endpoint = Endpoint.from_sockaddr(self._sock.getsockname())
+        # Where it listens on all addresses, each connection has to be asked for its own.
+        everywhere = ipaddress.ip_address(self.endpoint.host).is_unspecified
+        self._local = None if everywhere else self.endpoint
         self._loop.add_reader(self._sock.fileno(), self._accept)
 
     def close(self) -> None:
@@ -57,24 +67,28 @@ class Listener:
         self._sock.close()
 
     def _accept(self) -> None:
+        listener, family = self._sock.fileno(), self._family
         for _ in range(ACCEPTS):
             try:
-                sock, address = self._sock.accept()
-            except BlockingIOError:
-                return
+                accepted = accept(listener)
             except OSError as error:
                 if error.errno in _EXHAUSTED:
                     self._pause(error)
                     return
                 continue  # that client has gone already (accept(2))
-            try:
-                sock.setblocking(False)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                local = Endpoint.from_sockaddr(sock.getsockname())
-            except OSError:
-                sock.close()
-                continue
-            self._on_accept(sock, Endpoint.from_sockaddr(address), local)
+            if accepted is None:
+                return
+            fd, host, port = accepted
+            # With all that is known about it, or Python would ask the kernel again.
+            sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, fd)
+            local = self._local
+            if local is None:
+                try:
+                    local = Endpoint.from_sockaddr(sock.getsockname())
+                except OSError:
+                    sock.close()
+                    continue
+            self._on_accept(sock, Endpoint(host, port), local)
 
     def _pause(self, error: OSError) -> None:
         """Wait, instead of being woken for the same connection for ever."""
@@ -95,6 +109,7 @@ def _bind(endpoint: Endpoint, backlog: int) -> socket.socket:
         if endpoint.family == socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, DEFER)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # inherited
         listener.bind((endpoint.host, endpoint.port))
         listener.listen(backlog)
     except OSError as error:

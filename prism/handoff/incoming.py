@@ -172,12 +172,15 @@ class Incoming:
         if imported is None:
             raise RuntimeError("nothing was imported")
         try:
-            self._sock = socket.socket(fileno=imported.activate())
+            fd = imported.activate()
         except OSError as error:
             log.warning("%s was taken over and lost: %s", self.flow, error)
             self._text = str(error)
             self._runner.post(Event.ACTIVATE_FAILED)
             return
+        # With all that is known about it, or Python would ask the kernel again.
+        family = self.local.family
+        self._sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, fd)
         self._mark("activate")
         self._runner.post(Event.ACTIVATED)
 

@@ -89,6 +89,7 @@ class Connection:
         "_active_at",
         "_exchange",
         "_reading",
+        "_starting",
         "_task",
         "_turns",
         "asked_ns",
@@ -141,12 +142,17 @@ class Connection:
         self._exchange: Exchange | None = None  # being answered
         self._turns = 0
         self._reading = False
+        self._starting = False
         self._active_at = monotonic()
 
     def start(self) -> None:
         """Look for a request now, and wait for one if there is none."""
         # A connection that was taken over has its request with it: answer that first.
-        self._on_readable()
+        self._starting = True
+        try:
+            self._on_readable()
+        finally:
+            self._starting = False
         if self.state is State.IDLE and not self._reading:
             self._reading = True
             self.stream.on_readable(self._on_readable)
@@ -222,6 +228,8 @@ class Connection:
                 asyncio.get_running_loop().call_soon(self._resume_reading)
                 return
             self._decide(head)
+            if len(data) == head.length and not self.stream.secure:
+                return  # nothing is behind this request; what comes is told by the event loop
 
     def _resume_reading(self) -> None:
         if self.state is State.IDLE and not self._reading:
@@ -293,7 +301,7 @@ class Connection:
                 self.stream.on_readable(self._on_readable)
         elif rest is None and exchange.settled and exchange.keep_alive:
             self._answered(exchange)
-            if not self._reading:  # it was off while a handoff was tried
+            if not self._reading and not self._starting:  # it was off while a handoff was tried
                 asyncio.get_running_loop().call_soon(self._resume_reading)
         else:
             self._stop_reading()

@@ -21,6 +21,7 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from prism._ext.sockets import cookie_of
 from prism.flow import Endpoint
 from prism.monitor.base import Gone, OnGone, Reason
 
@@ -38,7 +39,6 @@ log = logging.getLogger(__name__)
 _NETLINK_SOCK_DIAG = 4
 _SOL_NETLINK = 270
 _NETLINK_ADD_MEMBERSHIP = 1
-_SO_COOKIE = 57
 _SO_RCVBUFFORCE = 33
 # linux/netlink.h, linux/sock_diag.h; pyroute2 has them too, and takes 0.15 s to be imported.
 _NLM_F_REQUEST, _NLM_F_DUMP = 0x1, 0x300
@@ -295,19 +295,6 @@ def _set_buffer(sock: socket.socket, size: int) -> None:
         sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, size)
     except PermissionError:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
-
-
-def cookie_of(sock_fd: int) -> int:
-    """A socket's cookie (SO_COOKIE), which no other one of this boot has.
-
-    Raises:
-        OSError: ``sock_fd`` is not an open socket.
-    """
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, sock_fd) as sock:
-        try:
-            return int(_U64.unpack(sock.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8))[0])
-        finally:
-            sock.detach()
 
 
 def _was_retrying(buffer: bytearray, size: int) -> bool:
