@@ -157,7 +157,7 @@ def _measure(costs: Costs, handoff: float, fixed: float, octet: float, times: in
 @pytest.mark.parametrize(
     ("handoff", "fixed", "octet", "threshold"),
     [
-        (1000e-6, 300e-6, 10e-9, 70_000),
+        (600e-6, 300e-6, 10e-9, 30_000),
         (500e-6, 300e-6, 40e-9, 5_000),
         (300e-6, 400e-6, 40e-9, LOWEST),
         (20e-3, 300e-6, 1e-9, HIGHEST),
