@@ -147,6 +147,14 @@ class Codec:
         found[Key(to_owner.table.id, client + service)] = value
         return found
 
+    def speaker(self, rule: Rule) -> Key:
+        """The entry of ``to_client`` that a rule's owner speaks by: the first of its entries."""
+        flow = rule.flow
+        layout, cut = (self._v4, 12) if flow.startswith(_MAPPED) else (self._v6, 0)
+        port = rule.owner_endpoint.port.to_bytes(2, "big")
+        owner = pack_address(rule.owner_endpoint.host)[cut:] + port
+        return Key(layout.to_client.table.id, owner + flow[cut:16] + flow[32:34])
+
     def is_rule(self, key: Key) -> bool:
         """Whether an entry is of ``to_owner``."""
         known = self.rule_tables.get(key.table)

@@ -71,7 +71,7 @@ class EntryTable:
             for key, value in self._codec.entries(rule).items():
                 self._entries[key.table][key.match] = value
                 if self._codec.is_rule(key):
-                    self._speakers[self._speaker(key, rule)] = key
+                    self._speakers[self._codec.speaker(rule)] = key
 
     def __len__(self) -> int:
         return sum(map(len, self._entries.values()))
@@ -164,12 +164,12 @@ class EntryTable:
         if value is None:
             if there is not None:
                 self._store.delete(flow, there.gen)
-                self._speakers.pop(self._speaker(key, there), None)
+                self._speakers.pop(self._codec.speaker(there), None)
             return
         wanted = self._rule(key, value, flow, there)
         if there is not None and there.cookie != wanted.cookie:
             self._store.delete(flow, there.gen)
-            self._speakers.pop(self._speaker(key, there), None)
+            self._speakers.pop(self._codec.speaker(there), None)
             there = None
         if there is None:
             status = self._store.add(wanted)
@@ -180,8 +180,8 @@ class EntryTable:
         if status != Status.OK:
             raise UpdateError(*_REFUSALS.get(status, (codes.INTERNAL, f"{status.name}")))
         if there is not None:
-            self._speakers.pop(self._speaker(key, there), None)
-        self._speakers[self._speaker(key, wanted)] = key
+            self._speakers.pop(self._codec.speaker(there), None)
+        self._speakers[self._codec.speaker(wanted)] = key
 
     def _rule(self, key: Key, value: Value, flow: bytes, there: Rule | None) -> Rule:
         """The rule that an entry of ``to_owner`` asks for, with what its owner may say."""
@@ -209,7 +209,7 @@ class EntryTable:
         return rule._replace(locked=locked)
 
     def _may_speak(self, key: Key, rule: Rule, to_client: RuleTable) -> bool:
-        speaker = self._speaker(key, rule)
+        speaker = self._codec.speaker(rule)
         value = self._entries[speaker.table].get(speaker.match)
         service = key.match[len(key.match) // 2 :]
         if value is None:
@@ -217,11 +217,6 @@ class EntryTable:
         if speaker.match[: len(service)] == service:
             return value.action == to_client.let_pass
         return value.action == to_client.rewrite and value.params == service
-
-    def _speaker(self, key: Key, rule: Rule) -> Key:
-        """The entry of ``to_client`` that a rule's owner speaks by."""
-        wanted = self._codec.entries(rule._replace(locked=True))
-        return next(iter(wanted))
 
     # Reading
 
@@ -344,19 +339,22 @@ def _packed(name: str, what: str, fields: Sequence[Field], given: dict[int, byte
     Raises:
         UpdateError: one is missing, unknown, empty or too wide.
     """
-    unknown = given.keys() - {field.id for field in fields}
-    if unknown:
-        raise UpdateError(codes.INVALID_ARGUMENT, f"{name}: no {what} {min(unknown)}")
-    packed = b""
+    packed = []
     for field in fields:
         value = given.get(field.id)
         if value is None:
             raise UpdateError(codes.INVALID_ARGUMENT, f"{name}: {what} {field.name} is missing")
         if not value:
             raise UpdateError(codes.INVALID_ARGUMENT, f"{name}: {what} {field.name} is empty")
-        if int.from_bytes(value, "big") >> field.bits:
-            raise UpdateError(
-                codes.OUT_OF_RANGE, f"{name}: {what} {field.name} has {field.bits} bits"
-            )
-        packed += canonical(value).rjust(field.size, b"\0")
-    return packed
+        bits = field.bits
+        if len(value) * 8 != bits:
+            if int.from_bytes(value, "big") >> bits:
+                raise UpdateError(
+                    codes.OUT_OF_RANGE, f"{name}: {what} {field.name} has {bits} bits"
+                )
+            value = canonical(value).rjust(field.size, b"\0")
+        packed.append(value)
+    if len(given) != len(packed):
+        unknown = min(given.keys() - {field.id for field in fields})
+        raise UpdateError(codes.INVALID_ARGUMENT, f"{name}: no {what} {unknown}")
+    return b"".join(packed)

@@ -108,8 +108,7 @@ def _programmed(switch: SwitchConfig) -> Iterator[ListedRule]:
             elif (told := codec.rule_of(key, value)) is not None:
                 rules.append((told[0], packets))
     for rule, packets in rules:
-        speaker = next(iter(codec.entries(rule)))
-        yield ListedRule(rule, packets, spoken.get(speaker, 0))
+        yield ListedRule(rule, packets, spoken.get(codec.speaker(rule), 0))
 
 
 async def _asked(config: Config) -> list[ListedRule]:
