@@ -12,9 +12,21 @@ import pytest
 pytest.register_assert_rewrite("e2e_bed")
 
 from e2e_bed import Bed, bed  # noqa: E402
+from e2e_selection import brief  # noqa: E402
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--brief", action="store_true", help="of tests/e2e only what e2e_selection.py says"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--brief"):
+        chosen = set(brief([item for item in items if "/e2e/" in str(item.path)]))
+        left = [item for item in items if "/e2e/" in str(item.path) and item not in chosen]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in left]
     for item in items:
         if "/e2e/" in str(item.path):
             item.add_marker(pytest.mark.e2e)

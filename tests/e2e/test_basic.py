@@ -60,9 +60,9 @@ def test_two_thousand_requests_are_answered_by_their_owners(shared: Bed) -> None
     print(f"sent again: {resent[0]} segments of the client's, {resent[1]} of the servers'")
     # Two CPUs let packets of one connection overtake each other, so the servers repeat a few.
     # With 50 handshakes at once, clients wait for the first answer long enough to ask again.
-    # So they do while handoffs over P4Runtime, with 50 clients at once, take their time.
-    slow = shared.cluster.options.tls or shared.cluster.options.switch == "p4runtime"
-    assert resent[0] <= 5 + len(talks) * slow
+    # So may some while handoffs over P4Runtime, with 50 clients at once, take their time.
+    patience = len(talks) * shared.cluster.options.tls + len(talks) // 2 * shared.slow_rules
+    assert resent[0] <= 5 + patience
     assert resent[1] < sum(talk.back.packets for talk in talks.values()) / 100
 
 

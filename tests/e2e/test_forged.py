@@ -157,10 +157,17 @@ class Caller:
         return decoder.pop()
 
     def hung_up(self) -> bool:
+        """Whether the other end goes; what it reports of itself before is passed over."""
+        deadline = time.monotonic() + 6.0
         try:
-            return self.sock.recv(4096) == b""
+            while self.sock.recv(4096):
+                if time.monotonic() > deadline:
+                    return False
         except (ConnectionResetError, ssl.SSLError):
-            return True
+            pass
+        except TimeoutError:
+            return False
+        return True
 
     def close(self) -> None:
         self.sock.close()
