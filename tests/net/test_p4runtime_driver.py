@@ -15,6 +15,8 @@ from prism.errors import SwitchError
 from prism.flow import Endpoint, Flow
 from prism.switch.base import Change, Rule
 from prism.switch.control import Status
+from prism.switch.p4runtime_pipeline import load
+from prism.switch.p4runtime_rules import Codec
 from prism.switch.p4service import P4Service
 
 pytestmark = pytest.mark.net
@@ -91,7 +93,12 @@ async def test_former_owners_stay_silent_for_a_moment(world: World) -> None:
     moved = rule._replace(owner=2, owner_endpoint=two, gen=11, locked=False)
     await controller.change(Change(flow, None, rule))
     await controller.change(Change(flow, rule, moved))
-    assert len(world.service.table) == 4
+    entries = dict(world.service.table.read(0))
+    codec = Codec(load())
+    former = entries.pop(codec.speaker(rule))
+    lock = codec.rule_tables[codec.speaker(rule).table][0].lock
+    assert (former.action, former.params) == (lock, b"")
+    assert entries.keys() == codec.entries(moved).keys()
     async with asyncio.timeout(10):
         while len(world.service.table) != 3:
             await asyncio.sleep(0.05)
