@@ -292,7 +292,7 @@ class Backend(Node):
         if connection.state is not State.DECIDING:
             return
         connection.place = None
-        why = self.why_not_anywhere(connection)
+        why = self.placing.why_not_anywhere(connection)
         if why:
             self.serve_here(connection, why)
         else:

@@ -153,7 +153,7 @@ class Draining:
         name, link = node.peers.link(place, connection.key)
         if link is None or not place.serves(connection.flow.service.host):
             return False
-        if node.why_not_anywhere(connection):
+        if node.placing.why_not_anywhere(connection):
             return False
         self._again[connection.key] = monotonic() + _AGAIN  # in case that it is not taken
         connection.stream.reset_lowat()

@@ -33,9 +33,8 @@ from prism.http.connection import Connection, State
 from prism.http.exchange import App, Exchange
 from prism.http.head import HttpError, Limits, RequestHead
 from prism.peers import Peers
-from prism.placement import Node as Place
-from prism.placement import NoNode, Replicated
-from prism.policy.decision import AUTO, Action, Decision
+from prism.placement import Replicated
+from prism.placing import Placing
 from prism.policy.engine import Policy, Route
 from prism.reconcile import Reconciler
 from prism.relaying import Relaying
@@ -53,7 +52,6 @@ __all__ = ["Node"]
 
 log = logging.getLogger(__name__)
 
-MAX_HOPS = 4  # owners a connection may pass for one request; then it is relayed
 _COOKIES = (1 << 63) - 1
 LINKS_PATIENCE = 1.0  # seconds
 # Refusals that speak against the node; what others say, they say of the connection.
@@ -106,6 +104,7 @@ class Node(Embedded):
         identity = Identity(serving.name, config.identity_files(serving))
         self.channel = Channel(self.name, cluster.channel_key(), self.on_offer, identity)
         self.peers = Peers(config, self.channel, serving.name, self.metrics)
+        self.placing = Placing(self)
         self.teller = Teller(self)
         self.draining = Draining(self)
         self.identity = identity
@@ -263,7 +262,7 @@ class Node(Embedded):
     def dispatch(self, connection: Connection, head: RequestHead) -> None:
         """Serve a request here, hand the connection over, or relay the request."""
         connection.place = None
-        decision = connection.decision = self.decide(connection, head)
+        decision = connection.decision = self.placing.decide(connection, head)
         if decision.answer is not None:
             self.serve(connection, decision.answer)
             return
@@ -272,7 +271,7 @@ class Node(Embedded):
         app = self.local_app(connection, head)
         if app is None:
             try:
-                place = self.place_for(connection, head)
+                place = self.placing.place_for(connection, head)
             except PrismError as error:
                 self.serve(connection, Refusal(503, str(error)))
                 return
@@ -283,62 +282,11 @@ class Node(Embedded):
             return
         connection.place = place
         name, link = self.peers.link(place, connection.key)
-        why = "link-down" if link is None else self.why_not(connection, place)
+        why = "link-down" if link is None else self.placing.why_not(connection, place)
         if why or link is None:
             self.serve_here(connection, why)
             return
         self.hand_over(connection, link, name)
-
-    def decide(self, connection: Connection, head: RequestHead) -> Decision:
-        """What the policy says; once for each request, on each node that it comes to.
-
-        What a node relays has been decided about there.
-        """
-        if self.policy.trivial or connection.relayed_in:
-            return AUTO
-        stream = connection.stream
-        facts = stream.facts if isinstance(stream, TlsStream) else b""
-        decision = self.policy.decide(head, connection.flow.client.host, facts)
-        self.metrics.decisions.add(decision.rule or "default", decision.action.value)
-        return decision
-
-    def place_for(self, connection: Connection, head: RequestHead) -> Place:
-        """The node a request belongs to; this one, wherever it may be served here as well.
-
-        Raises:
-            NoNode: there is none for it.
-            ConfigError: the decision names a pool or a placement that there is not.
-        """
-        decision = connection.decision
-        pool = self.peers.pools.get(decision.pool, decision.placement)
-        name = decision.node
-        if not name and not pool.placement.keyed and self.serving.name in pool.names:
-            name = "" if self.draining.active else self.serving.name
-        if name:
-            node = pool.node(name)
-            if node is None:
-                raise NoNode(f"node {name} is not in the pool of this request")
-            return node
-        if self.replicas is not None:
-            return self.replicas.place(head)
-        return self.peers.choose(pool, head.key.decode("utf-8", "surrogateescape"))
-
-    def another_place(
-        self, connection: Connection, head: RequestHead, tried: frozenset[str]
-    ) -> Place | None:
-        """Where else a request may go, if its nodes so far did not answer; ``None``: nowhere.
-
-        Raises:
-            ConfigError: as for :meth:`place_for`.
-        """
-        decision = connection.decision
-        pool = self.peers.pools.get(decision.pool, decision.placement)
-        if decision.node or not pool.failover:
-            return None
-        try:
-            return self.peers.choose(pool, head.key.decode("utf-8", "surrogateescape"), tried)
-        except NoNode:
-            return None
 
     def local_app(self, connection: Connection, head: RequestHead) -> App | None:
         """What answers this request on this node wherever it is placed; ``None``: nothing does."""
@@ -347,31 +295,6 @@ class Node(Embedded):
     def own_app(self, connection: Connection, head: RequestHead) -> App:
         """What answers a request that is placed here."""
         raise NotImplementedError
-
-    def why_not(self, connection: Connection, place: Place) -> str:
-        """Why the connection should rather not be handed over to ``place``; empty: it should."""
-        if connection.hops >= MAX_HOPS:
-            return "too-many-hops"
-        if not place.serves(connection.flow.service.host):
-            return "address-family"
-        if self.peers.health.is_draining(place.name):
-            return "draining"
-        decision = connection.decision
-        why = self.why_not_anywhere(connection)
-        if why or (self.draining.active and decision.action is not Action.RELAY):
-            return why  # from a node that is going, all go that can
-        pool = self.peers.pools.get(decision.pool, decision.placement)
-        return self.weigher.why_relay(connection, pool)
-
-    def why_not_anywhere(self, connection: Connection) -> str:
-        """Why the connection cannot be handed over now, wherever it goes; empty: it can."""
-        if not self.switch.reachable:
-            return "switch-unreachable"
-        if connection.key in self.moving:
-            return "handoff-pending"
-        if not connection.stream.movable:
-            return "output-pending"
-        return ""
 
     def _forget_relays(self, worker: str) -> None:
         """A node is going: let it not be the one to close the connections kept for relaying."""
@@ -390,7 +313,7 @@ class Node(Embedded):
             return
         head = connection.head
         if why in _ELSEWHERE and head is not None:
-            other = self.another_place(connection, head, frozenset((place.name,)))
+            other = self.placing.another_place(connection, head, frozenset((place.name,)))
             if other is not None and other.name == self.serving.name:
                 connection.place = None
                 self.serve(connection, self.own_app(connection, head))

@@ -117,4 +117,4 @@ class Relaying:
             return None
         if not isinstance(error, NotSent) and exchange.head.method not in _IDEMPOTENT:
             return None
-        return self._node.another_place(self._connection, exchange.head, frozenset(tried))
+        return self._node.placing.another_place(self._connection, exchange.head, frozenset(tried))
