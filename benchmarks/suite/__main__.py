@@ -15,6 +15,7 @@ from rich.markdown import Markdown
 from prism.errors import PrismError
 
 from . import latency, rules, throughput
+from .document import refresh
 from .machine import facts
 from .results import Result, save
 from .throughput import Context
@@ -48,6 +49,9 @@ EXPERIMENTS: dict[str, Callable[[Context], Result]] = {
     help="Where JSON, tables and plots go.",
 )
 @click.option("--list", "listing", is_flag=True, help="List the experiments.")
+@click.option(
+    "--document", is_flag=True, help="Put the results there are into docs/performance.md; no runs."
+)
 def main(
     names: tuple[str, ...],
     quick: bool,
@@ -55,11 +59,19 @@ def main(
     seconds: float | None,
     results: Path,
     listing: bool,
+    document: bool,
 ) -> None:
     """Run experiments, all by default, and write their results."""
     if listing:
         for name, experiment in EXPERIMENTS.items():
             click.echo(f"{name:10s} {(experiment.__doc__ or '').strip().splitlines()[0]}")
+        return
+    if document:
+        try:
+            for path in refresh(results, Path("docs/performance.md"), EXPERIMENTS):
+                click.echo(f"written: {path}")
+        except PrismError as error:
+            raise click.ClickException(str(error)) from None
         return
     if unknown := [name for name in names if name not in EXPERIMENTS]:
         known = ", ".join(EXPERIMENTS)

@@ -74,7 +74,8 @@ class Bed:
         tls: whether the lab serves HTTPS too (on both ports all systems serve both).
         rivals_wanted: which rivals are started.
         rate: of each link but the client's.
-        settings: of Prism's nodes, as for ``lab up --set``.
+        settings: of Prism's nodes, as for ``lab up --set``; what pays is handed over unless they
+            say otherwise, as it is outside the lab.
         options: further options of the lab.
     """
 
@@ -97,7 +98,7 @@ class Bed:
             rate=rate,
             tls=True,
             store=self.dir / "store",
-            settings=dict(settings or {}),
+            settings={"frontend.handoff": "adaptive"} | dict(settings or {}),
             **options,
         )
         self._stack = contextlib.ExitStack()

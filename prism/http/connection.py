@@ -188,15 +188,11 @@ class Connection:
     def _next_request(self) -> None:
         """Peek, parse, dispatch; again while requests are there and answered at once."""
         while self.state is State.IDLE:
-            if self.shortcut is not None and self._turns < INLINE_REQUESTS and not self.asked_ns:
-                more = self.shortcut(self)
-                if more is not None:
-                    self._turns += 1
-                    self.requests += 1
-                    self._active_at = monotonic()
-                    if more:
-                        continue
-                    return
+            more = self._try_shortcut()
+            if more is False:
+                return
+            if more:
+                continue
             try:
                 data = self.stream.peek()
             except BlockingIOError:
@@ -230,6 +226,17 @@ class Connection:
             self._decide(head)
             if len(data) == head.length and not self.stream.secure:
                 return  # nothing is behind this request; what comes is told by the event loop
+
+    def _try_shortcut(self) -> bool | None:
+        """Whether there was more input behind a request that needed no look; ``None``: it does."""
+        if self.shortcut is None or self._turns >= INLINE_REQUESTS or self.asked_ns:
+            return None
+        more = self.shortcut(self)
+        if more is not None:
+            self._turns += 1
+            self.requests += 1
+            self._active_at = monotonic()
+        return more
 
     def _resume_reading(self) -> None:
         if self.state is State.IDLE and not self._reading:
