@@ -66,6 +66,22 @@ async def test_a_backup_takes_over_with_all_rules(world: World) -> None:
     assert sorted(world.served.rules()) == sorted(backup.rules.values())
 
 
+async def test_who_is_not_the_primary_any_more_stands_by(world: World) -> None:
+    first = await world.join(1)
+    await first.ready()
+    await first.change(operation({}, 1))
+    second = await world.join(2)
+    await second.ready()
+    async with asyncio.timeout(15):
+        while first.driver.ready or first.primary.is_set():  # told so, without having written
+            await asyncio.sleep(0.01)
+    await second.change(operation(second.rules, 2))
+    await second.close()
+    await first.ready()
+    assert first.rules == second.rules
+    assert first.driver.counters.sessions == 1
+
+
 async def test_what_went_wrong_in_the_switch_is_repaired(world: World) -> None:
     controller = await world.join()
     await controller.ready()
