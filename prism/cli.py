@@ -108,9 +108,12 @@ def check(path: Path) -> None:
     """Validate a configuration file and say which roles it serves."""
     from prism.config import load  # noqa: PLC0415
     from prism.policy.engine import Policy  # noqa: PLC0415
+    from prism.pools import Pools  # noqa: PLC0415
 
     config = load(path)
     Policy(config.policy)  # loads the routing function, too
+    if config.nodes:
+        Pools(config)  # and functions that place
     roles = [role for role in ("frontend", "backend", "switch") if getattr(config, role)]
     click.echo(f"{path}: good; roles: {', '.join(roles) or 'none'}; nodes: {len(config.nodes)}")
 

@@ -58,10 +58,11 @@ def route(  # noqa: PLR0917
         peer = Peer(name, certificate, (), "given" if certificate else "")
     steps, decision = Policy(config.policy).explain(head, client, pack_peer(peer))
     for step in steps:
-        verdict = f"no:   {step.fails}" if step.fails else "decides"
+        because = f": {step.holds}" if step.holds else ""
+        verdict = f"no:   {step.fails}" if step.fails else f"decides{because}"
         click.echo(f"  {step.rule:24s} {verdict}")
     if not steps or steps[-1].fails:
-        click.echo(f"  {'default':24s} decides")
+        click.echo(f"  {'default':24s} decides: no rule does")
     click.echo(f"action: {decision.action.value}")
     if decision.answer is not None:
         click.echo(f"status: {decision.answer.status}")

@@ -32,10 +32,12 @@ class Step:
     Attributes:
         rule: its name.
         fails: the first condition that does not hold; empty: the rule decides.
+        holds: why it decides: all its conditions.
     """
 
     rule: str
     fails: str
+    holds: str = ""
 
 
 class Rule:
@@ -129,8 +131,11 @@ class Policy:
         subject = Subject(head, client, facts)
         for rule in self.rules:
             failed = rule.fails(subject)
-            steps.append(Step(rule.name, "" if failed is None else failed.says))
-            if failed is None:
+            if failed is not None:
+                steps.append(Step(rule.name, failed.says))
+            else:
+                holds = "; ".join(condition.says for condition in rule.conditions)
+                steps.append(Step(rule.name, "", holds or "it has no conditions"))
                 return steps, rule.decide(subject)
         return steps, self._default
 

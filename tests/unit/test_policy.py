@@ -382,9 +382,22 @@ def test_route_command(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("route", "-c", str(file), "GET", "http://store.example/x/../admin") == 0
     said = capsys.readouterr().out
     assert "no-admin" in said
-    assert "decides" in said
+    assert "decides: path is below /admin" in said
     assert "action: deny" in said
     assert "status: 403" in said
+
+
+def test_check_loads_the_functions_that_place(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = '[placement]\nname = "callable"\nfunction = "by_nobody:place"\nfunction_dir = "."\n'
+    file.write_text(file.read_text() + keys)
+    assert run("check", "-c", str(file)) == 2
+    assert "placement.function: by_nobody:place cannot be imported" in capsys.readouterr().err
+    (tmp_path / "by_nobody.py").write_text("def place(key, nodes):\n    return 'be2'\n")
+    assert run("check", "-c", str(file)) == 0
+    assert run("route", "-c", str(file), "GET", "http://a.example/x") == 0
+    assert "backend: be2" in capsys.readouterr().out
 
 
 def test_route_command_says_why_not_and_where(
