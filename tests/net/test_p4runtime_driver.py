@@ -15,6 +15,7 @@ from prism.errors import SwitchError
 from prism.flow import Endpoint, Flow
 from prism.switch.base import Change, Rule
 from prism.switch.control import Status
+from prism.switch.p4runtime_messages import p4
 from prism.switch.p4runtime_pipeline import load
 from prism.switch.p4runtime_rules import Codec
 from prism.switch.p4service import P4Service
@@ -98,6 +99,33 @@ async def test_what_went_wrong_in_the_switch_is_repaired(world: World) -> None:
     await again.ready()
     assert again.driver.counters.repairs == len(lost) > 0
     assert sorted(world.served.rules()) == sorted(again.rules.values())
+
+
+async def test_a_rule_is_written_last_and_deleted_first(world: World) -> None:
+    """So a batch that a target cuts off leaves no client between two owners."""
+    controller = await world.join()
+    await controller.ready()
+    codec = Codec(load())
+    batches: list[list[tuple[int, bool]]] = []
+    write = controller.driver._write
+
+    async def spy(session: Any, updates: Any) -> Any:
+        batches.append([(update.kind, codec.is_rule(update.key)) for update in updates])
+        return await write(session, updates)
+
+    controller.driver._write = spy  # type: ignore[method-assign]
+    flow = Flow(Endpoint(CLIENTS[1], 1000), Endpoint(SERVICES[1], 80)).pack()
+    one, two = (Endpoint(host, 4700) for host in OWNERS[1])
+    rule = Rule(flow, 1, one, bytes(6), 10, False, 1)
+    moved = rule._replace(owner=2, owner_endpoint=two, gen=11)
+    for change in (Change(flow, None, rule), Change(flow, rule, moved), Change(flow, moved, None)):
+        await controller.change(change)
+    insert, modify, delete = p4.Update.INSERT, p4.Update.MODIFY, p4.Update.DELETE
+    added, owned, deleted = batches
+    assert added == [(insert, False), (insert, False), (insert, True)]
+    # the former owner is locked, the new one may speak, and then the client's packets go there
+    assert owned == [(modify, False), (insert, False), (modify, True)]
+    assert deleted[-2:] == [(delete, True), (delete, False)]
 
 
 async def test_former_owners_stay_silent_for_a_moment(world: World) -> None:
