@@ -12,19 +12,17 @@ backend directly; and a table of the stages from the nodes' own traces.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import socket
 import statistics
 import time
 import uuid
-from collections import defaultdict
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
+from suite.trace import stages, steps_in
 
 from prism._ext import tcp_repair
 from prism.flow import Endpoint
@@ -235,19 +233,8 @@ def test_first_octet_direct(benchmark: BenchmarkFixture, quiet: Service) -> None
 # -- where the time goes ---------------------------------------------------------------------
 
 
-def _events(log: Path, name: str) -> dict[str, dict[str, int]]:
-    """The steps of each handoff in a log, by flow."""
-    found = {}
-    for line in log.read_text().splitlines():
-        with contextlib.suppress(ValueError):
-            entry = json.loads(line)
-            if entry.get("event") == name:
-                found[str(entry["flow"])] = entry["steps"]
-    return found
-
-
-def _stages(traced: Service, rounds: int) -> tuple[dict[str, list[float]], list[float]]:
-    """Seconds of each stage, from the traces, and as the client has seen the whole."""
+def _stages(traced: Service, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each stage, from the traces; the whole, as the client has seen it, is the last."""
     seen: dict[str, float] = {}
     for _ in range(rounds):
         with contextlib.closing(traced.connect()) as sock:
@@ -256,36 +243,23 @@ def _stages(traced: Service, rounds: int) -> tuple[dict[str, list[float]], list[
             _first_octet(sock, traced.requests["be1"])
             seen[f"{host}:{port}->{traced.service}"] = time.perf_counter() - began
     time.sleep(0.2)
-    outs = _events(traced.cluster.node("fe1").log, "handoff-out")
-    ins = _events(traced.cluster.node("be1").log, "handoff-in")
-    stages: dict[str, list[float]] = defaultdict(list)
-    totals = []
-    for flow, total in seen.items():
-        if flow not in outs or flow not in ins:
-            continue
-        # The backend may be at work before the frontend's send has returned: no mark between them.
-        sent = {name: outs[flow][name] for name in ("add", "export")}
-        steps = sent | {"offer, received": ins[flow].pop("received")} | ins[flow]
-        last = 0
-        for name, at in steps.items():
-            stages[name].append((at - last) / 1e9)
-            last = at
-        stages["(client, wires, wake-up of the frontend)"].append(total - last / 1e9)
-        totals.append(total)
-    return stages, totals
+    nodes = traced.cluster.nodes
+    outs = steps_in(nodes["fe1"].log, "handoff-out")
+    return stages(seen, outs, steps_in(nodes["be1"].log, "handoff-in"))
 
 
 def test_stages(traced: Service, capsys: pytest.CaptureFixture[str]) -> None:
     """A table of the stages' medians and shares."""
     _stages(traced, 50)
-    stages, totals = _stages(traced, ROUNDS)
+    found = _stages(traced, ROUNDS)
+    totals = list(found.values())[-1] if found else []
     # On a busy machine some are relayed instead; their connections have no stages.
     assert len(totals) > ROUNDS * 0.1
     whole = statistics.median(totals)
     with capsys.disabled():
         print(f"\n\nA handoff, traced, {len(totals)} times")
         print(f"  {'stage':42s} {'median':>8s} {'share':>10s} {'best tenth':>14s}")
-        for name, values in (*stages.items(), ("request out to first octet in", totals)):
+        for name, values in found.items():
             middle, best = statistics.median(values), statistics.quantiles(values, n=10)[0]
             share = 100 * middle / whole
             print(f"  {name:42s} {middle * 1e6:8.1f} us {share:6.1f} % {best * 1e6:11.1f} us")

@@ -11,7 +11,6 @@ import ssl
 import statistics
 import subprocess
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from .load import Load
 from .pairing import figure
 from .results import Result
 from .throughput import Context
+from .trace import stages, steps_in
 
 __all__ = ["first_octet", "handoffs", "idle"]
 
@@ -170,17 +170,6 @@ def _latency_rows(result: Result, what: str, found: dict[str, list[float]]) -> N
         )
 
 
-def _events(log: Path, name: str) -> dict[str, dict[str, int]]:
-    """The steps of each handoff in a log, nanoseconds, by flow."""
-    found = {}
-    for line in log.read_text().splitlines():
-        with contextlib.suppress(ValueError):
-            entry = json.loads(line)
-            if entry.get("event") == name:
-                found[str(entry["flow"])] = entry["steps"]
-    return found
-
-
 def _stages(bed: Bed, path: str, count: int, *, tls: bool) -> list[str]:
     """Lines with the median of each stage, from the nodes' own traces."""
     client = Client(bed, "prism", tls=tls)
@@ -193,24 +182,10 @@ def _stages(bed: Bed, path: str, count: int, *, tls: bool) -> list[str]:
             seen[f"{host}:{port}->{service}"] = ask(sock, path)
     time.sleep(0.3)
     sites = bed.cluster.nodes
-    outs = _events(sites["fe1"].log, "handoff-out")
-    ins = _events(sites["be1"].log, "handoff-in") | _events(sites["be2"].log, "handoff-in")
-    stages: dict[str, list[float]] = defaultdict(list)
-    for flow, total in seen.items():
-        if flow not in outs or flow not in ins:
-            continue
-        inside = dict(ins[flow])
-        received = inside.pop("received", 0)
-        last = 0
-        for name, at in outs[flow].items():
-            if at < received:
-                stages[name].append((at - last) / 1e9)
-                last = at
-        for name, at in {"offer received": received, **inside}.items():
-            stages[name].append((at - last) / 1e9)
-            last = at
-        stages["client, wires, wake-up of the frontend"].append(total - last / 1e9)
-    parts = [f"{name} {statistics.median(found) * 1e6:.0f}" for name, found in stages.items()]
+    outs = steps_in(sites["fe1"].log, "handoff-out")
+    ins = steps_in(sites["be1"].log, "handoff-in") | steps_in(sites["be2"].log, "handoff-in")
+    found = stages(seen, outs, ins)
+    parts = [f"{name} {statistics.median(took) * 1e6:.0f}" for name, took in found.items()]
     whole = statistics.median(seen.values()) * 1e6
     kind = "TLS" if tls else "TCP"
     return [f"Stages, {kind}, medians in us (traced, {whole:.0f} in all): " + "; ".join(parts)]
