@@ -312,6 +312,22 @@ class TestWhatItTells:
         wanted = TIME_WAIT if device.info.sees_time_wait else CLOSED
         assert (event.reason, event.flags) == (wanted, 0)
 
+    def test_the_time_wait_of_a_later_connection_is_not_its_own(self, device, listener4):
+        """The program still has the socket when the client has used its port again."""
+        client, ours = connect(listener4)
+        device.register(ours, 1)
+        port = client.getsockname()
+        reset(client)
+        with socket.socket() as later:
+            later.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            later.bind(port)
+            later.connect(listener4.getsockname())
+            close_in_order(listener4.accept()[0], later)
+        assert time_waits() == 1
+        ours.close()
+        (event,) = device.wait()
+        assert (event.reason, event.flags) == (RESET, 0)
+
     def test_a_socket_that_was_reset_before_the_registration(self, device, listener):
         client, ours = connect(listener)
         reset(client)
