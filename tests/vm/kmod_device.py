@@ -21,6 +21,7 @@ PARAMETERS = Path("/sys/module/prism_monitor/parameters")
 REFERENCES = Path("/sys/module/prism_monitor/refcnt")
 COMPLAINTS = (
     "BUG",
+    "UBSAN",
     "Oops",
     "WARNING",
     "Call Trace",

@@ -70,6 +70,29 @@ class TestKmod(MonitorConformance):
         assert stays[0].reason is Reason.ENDED
         assert len(monitor) == 0
 
+    async def test_lost_while_looking_for_the_lost(self, monitor, listener4, sysctl, monkeypatch):
+        """What was found well already may be lost before the others have been looked at."""
+        monkeypatch.setattr("prism.monitor.kmod._BATCH", 1)
+        sysctl(PARAMETERS / "max_unread", 0)
+        pairs = [pair(listener4) for _ in range(4)]
+        first = pairs[0][1]
+        wanted = [ends(ours) for _, ours in pairs[:2]]
+        notes = Notes()
+
+        def tell(gone: Gone) -> None:
+            notes.append(gone)
+            if first.fileno() >= 0:
+                reset(first)
+
+        for _, ours in pairs:
+            monitor.watch(ours.fileno(), *ends(ours), tell)
+        reset(pairs[1][1])
+        await notes.wait(2)
+        assert [(note.local, note.peer) for note in notes] == wanted[::-1]
+        assert monitor.counters.lost == 2
+        for sock in [client for client, _ in pairs] + [ours for _, ours in pairs[2:]]:
+            reset(sock)
+
     async def test_a_lost_time_wait_is_waited_for(self, monitor, listener4, sysctl):
         """Where its beginning is told and that got lost, the kernel is asked until it is over."""
         sysctl(PARAMETERS / "max_unread", 0)
