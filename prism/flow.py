@@ -20,6 +20,7 @@ __all__ = ["FLOW_SIZE", "Endpoint", "Flow", "pack_address", "unpack_address"]
 FLOW_SIZE = 36
 _V4_MAPPED = bytes(10) + b"\xff\xff"
 _FLOW = struct.Struct("!16s16sHH")
+_new = tuple.__new__  # makes a named tuple without the call of its own constructor
 
 
 @lru_cache(4096)
@@ -71,7 +72,7 @@ class Endpoint(NamedTuple):
         host = address[0].partition("%")[0]
         if host.startswith("::ffff:") and "." in host:
             host = host[7:]
-        return cls(host, address[1])
+        return _new(cls, (host, address[1]))
 
 
 class Flow(NamedTuple):
@@ -100,10 +101,11 @@ class Flow(NamedTuple):
         if len(packed) != FLOW_SIZE:
             raise ProtocolError(f"a packed flow has {FLOW_SIZE} octets, not {len(packed)}")
         client, service, client_port, service_port = _FLOW.unpack(packed)
-        return cls(
-            Endpoint(unpack_address(client), client_port),
-            Endpoint(unpack_address(service), service_port),
+        ends = (
+            _new(Endpoint, (unpack_address(client), client_port)),
+            _new(Endpoint, (unpack_address(service), service_port)),
         )
+        return _new(cls, ends)
 
     @classmethod
     def of_socket(cls, sock: socket.socket) -> Flow:

@@ -154,11 +154,11 @@ class Incoming:
         except (OSError, ValueError, ProtocolError) as error:
             self._fail(str(error))
             return
-        if Endpoint.from_sockaddr(self._imported.peer) != self.flow.client:
+        if self._imported.peer != self.flow.client:
             self._discard()
             self._fail("the offer's state is of another client than its flow")
             return
-        self.local = Endpoint.from_sockaddr(self._imported.local)
+        self.local = Endpoint(*self._imported.local)
         self._mark("import")
         self._runner.post(Event.IMPORTED)
 

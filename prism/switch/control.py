@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from enum import IntEnum, IntFlag
-from functools import lru_cache
 from typing import Final, NamedTuple
 
 from prism._ext import control as _control
@@ -89,10 +88,8 @@ _LOCKED: Final = int(Flags.LOCKED)
 _MORE: Final = int(Flags.MORE)
 _REPLY: Final = int(Flags.REPLY)
 
-packed_address = lru_cache(4096)(pack_address)
-"""``flow.pack_address`` with a bounded memory: nodes have few addresses."""
-
-_address_text = lru_cache(4096)(unpack_address)
+packed_address = pack_address
+_new = tuple.__new__  # makes a named tuple without the call of its own constructor
 
 
 class Message(NamedTuple):
@@ -159,19 +156,9 @@ def _message(
     fields: tuple[int, int, int, int, int, bytes, bytes, int, bytes, int, int, int],
 ) -> Message:
     op, status, flags, node, seq, flow, address, port, mac, owner, gen, cookie = fields
-    return Message(
-        _OPS.get(op, op),
-        node,
-        seq,
-        _STATUSES.get(status, status),
-        flags,
-        flow,
-        owner,
-        Endpoint(_address_text(address), port),
-        mac,
-        gen,
-        cookie,
-    )
+    endpoint = _new(Endpoint, (unpack_address(address), port))
+    op, status = _OPS.get(op, op), _STATUSES.get(status, status)
+    return _new(Message, (op, node, seq, status, flags, flow, owner, endpoint, mac, gen, cookie))
 
 
 def decode(data: bytes, key: bytes) -> Message:
