@@ -101,6 +101,22 @@ async def test_what_went_wrong_in_the_switch_is_repaired(world: World) -> None:
     assert sorted(world.served.rules()) == sorted(again.rules.values())
 
 
+async def test_a_new_connection_outbids_the_one_before(world: World) -> None:
+    """A write that is still on its way over the old one is refused then."""
+    controller = await world.join()
+    await controller.ready()
+    elections = []
+    for sessions in (1, 2, 3):
+        async with asyncio.timeout(15):
+            while controller.driver.counters.sessions != sessions or not controller.driver.ready:
+                await asyncio.sleep(0.01)
+        primary = world.service._primary()
+        assert primary is not None and primary.election is not None
+        elections.append(primary.election)
+        controller.driver._messages.put_nowait(None)  # as when the connection is lost
+    assert elections[0] < elections[1] < elections[2]
+
+
 async def test_a_rule_is_written_last_and_deleted_first(world: World) -> None:
     """So a batch that a target cuts off leaves no client between two owners."""
     controller = await world.join()
