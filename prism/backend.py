@@ -121,6 +121,7 @@ class Backend(Node):
                 relay=self.relay,
                 load=lambda: len(self.connections),
             )
+            self.replicated.measure(self.metrics)
             return self.replicated
         return ObjectStore(self.backend.store, max_size=self.backend.max_object_size)
 

@@ -56,7 +56,8 @@ class Placing:
                 raise NoNode(f"node {name} is not in the pool of this request")
             return node
         if self._node.replicas is not None:
-            return self._node.replicas.place(head)
+            unfit = self._node.peers.health.avoid(pool.names, pool.check)
+            return self._node.replicas.place(head, unfit=unfit)
         return self._node.peers.choose(pool, head.key.decode("utf-8", "surrogateescape"))
 
     def another_place(

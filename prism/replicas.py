@@ -112,11 +112,18 @@ class Replicas:
         """The names of a key's replicas, in order."""
         return [node.name for node in self.placement.order(key_text(key))]
 
-    def place(self, head: RequestHead, avoid: Container[str] = ()) -> Node:
+    def place(
+        self, head: RequestHead, avoid: Container[str] = (), unfit: Container[str] = ()
+    ) -> Node:
         """The backend for a request: for writes the first live replica, for reads the least busy.
 
         A backend that may answer takes it itself. Where nobody seems to be there, it is the
         preferred replica: whoever is asked then waits for better times.
+
+        Args:
+            head: the request's.
+            avoid: names of those that have just failed.
+            unfit: names of those that better have nothing to read from them.
         """
         order = self.placement.order(key_text(head.key))
         serving = self.view.serving
@@ -135,7 +142,8 @@ class Replicas:
         if not read:
             return live[0]
         ready = [node for node in live if self.serves(node.name)] or live
-        return self._least_busy(ready)
+        fit = [node for node in ready if node.name not in unfit] or ready
+        return self._least_busy(fit)
 
     def _local_choice(self, key: bytes, *, read: bool) -> str:
         """What this backend knows for sure; empty: nothing."""

@@ -163,7 +163,7 @@ class Bed:
             self.service,
             _PORTS[name],
             servers,
-            self._places if to_store else {},
+            self._places if to_store and self.cluster.options.placement == "partitioned" else {},
             (tls / "service.pem", tls / "service.key"),
             self.dir / name,
         )

@@ -222,7 +222,7 @@ def skew(context: Context) -> Result:
     """GET 1 MiB, uniform, Zipf 0.99 and all on one backend; partitioned and replicated."""
     result = Result("skew", "GET 1 MiB under skew", COLUMNS)
     for placement in ("partitioned", "replicated"):
-        with Bed(4, rivals_wanted=("nginx-store",), placement=placement) as bed:
+        with Bed(4, rivals_wanted=("nginx-store",), placement=placement, replicas=4) as bed:
             bed.fill((MIB,))
             paths = keys(MIB)
             hot = [path for path in paths if bed.place(path) == "be1"] or paths[:1]
@@ -232,6 +232,7 @@ def skew(context: Context) -> Result:
     result.notes += [
         "one: only keys whose first home is one backend; the link of that one is the limit where "
         "it alone has them.",
+        "replicated: each object is on all four backends.",
         "nginx-store relays to the same stores by the same placement (replicated: in turn).",
     ]
     return result

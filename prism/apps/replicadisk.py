@@ -149,16 +149,17 @@ class Disk:
 
     Attributes:
         staged: as of ``Storage``.
-        deletions: marks of deletion that this process has installed, and when (monotonic).
+        marked: whether there may be marks of deletion.
+        tree: path of the objects' tree.
     """
 
     def __init__(self, objects: Objects, pool: Executor) -> None:
         self.objects = objects
         self.staged: dict[bytes, Version] = {}
-        self.deletions: dict[bytes, tuple[Version, float]] = {}
+        self.marked = True
         self._pool = pool
         self._pending = os.fsencode(objects.root / "pending")
-        self._tree = os.fsencode(objects.root / "objects")
+        self.tree = os.fsencode(objects.root / "objects")
         os.makedirs(self._pending, exist_ok=True)  # noqa: PTH103
         self._find_staged()
 
@@ -204,6 +205,7 @@ class Disk:
                 raise Refusal(507, "there is no space left for this object") from None
             raise
         self.staged[key] = version
+        self.marked |= blob.meta.deleted
 
     def _stage(self, key: bytes, blob: Kept) -> None:
         os.rename(blob.path, self._staged_path(key))  # noqa: PTH104
@@ -213,16 +215,7 @@ class Disk:
     async def install(self, key: bytes) -> None:
         """See :class:`Storage`."""
         await self.run(self.objects.install, self._staged_path(key), key, None)
-        version = self.staged.pop(key)
-        self._note_deletion(key, version)
-
-    def _note_deletion(self, key: bytes, version: Version) -> None:
-        self.deletions.pop(key, None)
-        opened = self.objects.open_file(key)
-        if opened is not None:
-            os.close(opened[0])
-            if opened[1].deleted:
-                self.deletions[key] = (version, asyncio.get_running_loop().time())
+        self.staged.pop(key)
 
     async def unstage(self, key: bytes) -> None:
         """See :class:`Storage`."""
@@ -250,7 +243,7 @@ class Disk:
 
     def _page(self, after: bytes, limit: int) -> tuple[list[tuple[bytes, Version]], bool]:
         keys: list[bytes] = []
-        for key in walk(self._tree, b"", after, limit + 1):
+        for key in walk(self.tree, b"", after, limit + 1):
             if len(keys) == limit:
                 return [(each, self._version(each)) for each in keys], True
             keys.append(key)
@@ -260,7 +253,7 @@ class Disk:
         """See :class:`Storage`."""
         await self.run(self.objects.install, blob.path, key, None)
         blob.placed = True
-        self._note_deletion(key, version)
+        self.marked |= blob.meta.deleted
 
     async def discard(self, blob: Kept) -> None:
         """See :class:`Storage`."""
@@ -271,7 +264,6 @@ class Disk:
         """See :class:`Storage`."""
         if self._version(key) == version:
             await self.run(self.objects.delete, key)
-        self.deletions.pop(key, None)
 
     # -- listing --------------------------------------------------------------------------------
 
@@ -280,14 +272,18 @@ class Disk:
     ) -> tuple[Sequence[tuple[bytes, ObjectMeta]], bool]:
         """As :meth:`Objects.list`, marks of deletion among them. May block."""
         found: list[tuple[bytes, ObjectMeta]] = []
-        for key in walk(self._tree, prefix, after, limit + 1):
-            meta = _meta_at(self._tree + b"/" + key_path(key))
+        for key in walk(self.tree, prefix, after, limit + 1):
+            meta = self.meta(key)
             if meta is None:
                 continue
             if len(found) == limit:
                 return found, True
             found.append((key, meta))
         return found, False
+
+    def meta(self, key: bytes) -> ObjectMeta | None:
+        """What a key's file says, also a mark of deletion; ``None``: there is no whole one."""
+        return _meta_at(self.tree + b"/" + key_path(key))
 
     def _staged_path(self, key: bytes) -> bytes:
         return self._pending + b"/" + _name(key)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from prism.apps.listing import detail_of
+from prism.apps.marks import Marks
 from prism.apps.objectfile import ObjectMeta
 from prism.apps.objects import Condition, Upload
 from prism.apps.objectstore import (
@@ -42,6 +43,7 @@ from prism.replication.replicator import Replicator
 from prism.replication.service import Service
 from prism.replication.transport import STILL, Network
 from prism.replication.views import Version
+from prism.telemetry.metrics import Metrics
 from prism.tls.identity import Identity
 
 __all__ = ["ReplicatedStore"]
@@ -52,9 +54,6 @@ T = TypeVar("T")
 _RETRY_AFTER: Final = ((b"Retry-After", b"1"),)
 _PIECE: Final = 256 * 1024
 _PAUSE: Final = 0.1  # seconds, at most, until it is looked again who answers
-_MARK_AGE: Final = 600.0  # seconds that a mark of deletion stays
-_SWEEP: Final = 30.0  # seconds between two looks at marks
-_SWEEP_KEYS: Final = 1000  # marks removed at a look
 
 
 class ReplicatedStore(ObjectStore):
@@ -127,17 +126,29 @@ class ReplicatedStore(ObjectStore):
         """
         await self.service.start()
         self.replicator.start()
-        self.replicator._spawn(self._forget_marks())
+        self.replicator.spawn(Marks(self.replicator, self.disk).keep_few())
 
     async def leave(self, seconds: float) -> None:
         """Have the others go on without this node; other nodes answer its requests from now on."""
         if not await self.replicator.leave(seconds):
             log.info("this node stops without having been left out of the view")
 
+    def measure(self, metrics: Metrics) -> None:
+        """Have scrapes tell of this."""
+        replicator = self.replicator
+        for name, text, read in (
+            ("replication_epoch", "Number of the latest view known", lambda: replicator.view.epoch),
+            ("replication_serves", "1 while this node may answer", lambda: replicator.serves),
+            ("replication_staged", "Writes not known to be done", lambda: len(self.disk.staged)),
+            ("replication_fetched", "Objects got while catching up",
+             lambda: replicator.catch_up.fetched),
+        ):  # fmt: skip
+            metrics.sample(name, text, read)
+
     def begin_leaving(self, seconds: float) -> None:
         """:meth:`leave`, while this node goes on passing requests to the others."""
         if self._leaving is None:
-            self._leaving = self.replicator._spawn(self.leave(seconds))
+            self._leaving = self.replicator.spawn(self.leave(seconds))
 
     def stay(self) -> None:
         """Take part again after all."""
@@ -162,23 +173,6 @@ class ReplicatedStore(ObjectStore):
             "fetched": catch_up.fetched,
             "removed": catch_up.removed,
         }
-
-    async def _forget_marks(self) -> None:
-        """Remove marks of deletion when all nodes serve, and nothing older can come any more."""
-        replicator = self.replicator
-        while True:
-            await asyncio.sleep(_SWEEP)
-            now = time.monotonic()
-            if len(replicator.view.serving) < len(replicator.membership.nodes):
-                continue
-            old = [
-                (key, version)
-                for key, (version, since) in self.disk.deletions.items()
-                if now - since > _MARK_AGE and key not in self.disk.staged
-            ]
-            for key, version in old[:_SWEEP_KEYS]:
-                async with replicator._locks(key):
-                    await self.disk.remove(key, version)
 
     # -- requests -------------------------------------------------------------------------------
 
@@ -314,7 +308,7 @@ class ReplicatedStore(ObjectStore):
         deadline = replicator.clock() + self._patience
         while True:
             left = deadline - replicator.clock()
-            task = replicator._spawn(self._written(key, make, left))
+            task = replicator.spawn(self._written(key, make, left))
             task.add_done_callback(_forget)
             try:
                 return await asyncio.shield(task)

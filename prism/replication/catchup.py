@@ -51,7 +51,7 @@ class CatchUp:
         """Begin for this epoch, unless it is under way."""
         if self._task is not None and not self._task.done():
             self._task.cancel()
-        self._task = self._replicator._spawn(self._run(epoch))
+        self._task = self._replicator.spawn(self._run(epoch))
 
     async def _run(self, epoch: int) -> None:
         replicator = self._replicator
@@ -112,7 +112,7 @@ class CatchUp:
         for key, version in mine.items():
             if key not in theirs and version.epoch < epoch:
                 self._check(epoch)
-                async with self._replicator._locks(key):
+                async with self._replicator.lock(key):
                     await self._replicator.storage.remove(key, version)
                 self.removed += 1
 
@@ -132,7 +132,7 @@ class CatchUp:
         """Install what was fetched, unless something newer came along the chain meanwhile."""
         storage = self._replicator.storage
         self._check(epoch)
-        async with self._replicator._locks(key):
+        async with self._replicator.lock(key):
             had = await storage.version(key)
             if had.epoch >= epoch or had == version:
                 return False

@@ -56,7 +56,7 @@ class Member:
         self._save = save
         self._wall = wall
         self._serial = 0
-        self._locks = KeyLocks()  # around one step on a key
+        self.lock = KeyLocks()  # around one step on a key
         self._writes = KeyLocks()  # around a whole write, at the head
         self._sections = 0
         self._idle = asyncio.Condition()
@@ -71,8 +71,8 @@ class Member:
     def start(self) -> None:
         """Take part."""
         self._adopt()
-        self._spawn(self._tick())
-        self._spawn(self._look_after())
+        self.spawn(self._tick())
+        self.spawn(self._look_after())
 
     async def close(self) -> None:
         """Stop at once; what is staged stays so."""
@@ -89,7 +89,8 @@ class Member:
             await self.changed(0.1)
         return self.me not in self.membership.view.members
 
-    def _spawn(self, work: Any) -> asyncio.Task[Any]:
+    def spawn(self, work: Any) -> asyncio.Task[Any]:
+        """Have work done that ends with this part."""
         task: asyncio.Task[Any] = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -159,7 +160,7 @@ class Member:
 
     def _adopt(self) -> None:
         if self._adopting is None or self._adopting.done():
-            self._adopting = self._spawn(self._change())
+            self._adopting = self.spawn(self._change())
 
     async def _change(self) -> None:
         """Bring what is staged in order for each new view, then say so."""
@@ -179,7 +180,7 @@ class Member:
         if self.me in self.view.joining:
             self.catch_up_from(self.view.epoch)
         elif self.me in self.view.serving and self._doubts:
-            self._spawn(self._settle_doubts())
+            self.spawn(self._settle_doubts())
 
     async def _settle_doubts(self) -> None:
         keys = [key for key in self._doubts if self._doubtful(key)]
@@ -201,7 +202,7 @@ class Member:
         return self.membership.tick(self.clock())
 
     async def _rearrange(self, key: bytes, view: View) -> None:
-        async with self._locks(key):
+        async with self.lock(key):
             version = self.storage.staged.get(key)
             if version is None:
                 return

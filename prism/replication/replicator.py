@@ -121,7 +121,7 @@ class Replicator(Member):
             self._be_head(key)
             if key in self.storage.staged:
                 await self._drive(key, deadline, fresh=False)
-            async with self._locks(key), self._section(self.view.epoch) as good:
+            async with self.lock(key), self._section(self.view.epoch) as good:
                 if not good:
                     raise NotHead("the view is changing")
                 self._be_head(key)
@@ -180,7 +180,7 @@ class Replicator(Member):
             return DONE if good else STALE
 
     async def _send_stage(self, peer: str, stage: Stage) -> Reply:
-        async with self._locks(stage.key):
+        async with self.lock(stage.key):
             if self.storage.staged.get(stage.key) != stage.version:
                 installed = await self.storage.version(stage.key)
                 return DONE if installed >= stage.version else UNKNOWN
@@ -203,7 +203,7 @@ class Replicator(Member):
             await self.changed(self.membership.lease)
         index = stage.chain.index(self.me)
         last = index + 1 == len(stage.chain)
-        async with self._locks(stage.key), self._section(stage.view.epoch) as good:
+        async with self.lock(stage.key), self._section(stage.view.epoch) as good:
             if not good:
                 return STALE._replace(view=self.view)
             installed = await self.storage.version(stage.key)
@@ -227,7 +227,7 @@ class Replicator(Member):
         if reply.outcome not in (Outcome.DONE, Outcome.REFUSED):
             return reply
         key = stage.key
-        async with self._locks(key):
+        async with self.lock(key):
             mine = self.storage.staged.get(key) == stage.version
             if reply.outcome is Outcome.DONE:
                 if mine:

@@ -77,7 +77,7 @@ class Service:
             sock.close()
             raise
         self._sock = sock
-        self._spawn(self._accept(sock))
+        self.spawn(self._accept(sock))
 
     async def close(self) -> None:
         """Close everything at once."""
@@ -89,7 +89,8 @@ class Service:
             self._sock.close()
             self._sock = None
 
-    def _spawn(self, work: Any) -> None:
+    def spawn(self, work: Any) -> None:
+        """Have work done that ends with the service."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -106,7 +107,7 @@ class Service:
             if len(self._tasks) > _MAX_CALLERS:
                 sock.close()
                 continue
-            self._spawn(self._serve(sock))
+            self.spawn(self._serve(sock))
 
     async def _serve(self, sock: socket.socket) -> None:
         where = sock.getpeername()[0]
@@ -173,7 +174,7 @@ class Service:
         stage = frames.stage_of(question)
         blob = await receive_file(ends, self._spools, question, stage.key, stage.version)
         # Goes on to its end when whoever has asked is gone: half a step would be none.
-        task = self._replicator._spawn(self._staged(stage, blob))
+        task = self._replicator.spawn(self._staged(stage, blob))
         while not (await asyncio.wait((task,), timeout=_WAIT))[0]:
             _say(ends, {"wait": True})  # a large file on its way along the chain
         try:

@@ -115,7 +115,7 @@ class MemoryTransport:
         node = self.world.nodes.get(peer)
         if node is None:
             raise PrismError("down")
-        answer = await asyncio.shield(node._spawn(call(node)))
+        answer = await asyncio.shield(node.spawn(call(node)))
         if not await self.world.hop(peer, self.me):
             raise PrismError("answer lost")
         return answer
@@ -208,7 +208,7 @@ class World:
         async def make(version: Version) -> tuple[int, None]:
             return number, None
 
-        task = self.nodes[name]._spawn(self.nodes[name].write(key, make, 3 * LEASE))
+        task = self.nodes[name].spawn(self.nodes[name].write(key, make, 3 * LEASE))
         try:
             await asyncio.shield(task)
         except (PrismError, TimeoutError, asyncio.CancelledError):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from prism.config import Config, load, parse, serving
 from prism.config_reference import reference
+from prism.config_replication import replication_changed
 from prism.errors import ConfigError
 from prism.flow import Endpoint
 from prism.lab.files import to_toml
@@ -455,3 +456,15 @@ def test_an_application_and_workers_do_not_go_with_replication() -> None:
     found = problems(text)
     assert any("placement.name: only the object store" in problem for problem in found), found
     assert any(".workers: a backend that replicates has one worker" in each for each in found)
+
+
+def test_replication_does_not_change_while_nodes_run() -> None:
+    nodes = "".join(f'[[nodes]]\nname = "be{n}"\naddress = "10.77.101.{n}"\n' for n in range(1, 4))
+    text = CLUSTER + nodes + '[placement]\nname = "replicated"\n'
+    old = parse(text)
+    assert replication_changed(old, parse(text)) == ""
+    assert "placement: " in replication_changed(old, parse(text + "replicas = 3"))
+    assert "placement: " in replication_changed(old, parse(CLUSTER + nodes))
+    moved = text.replace('"be3"', '"be4"')
+    assert "nodes: " in replication_changed(old, parse(moved))
+    assert replication_changed(parse(CLUSTER + nodes), parse(CLUSTER)) == ""

@@ -7,17 +7,20 @@ import os
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prism.apps.marks import Marks
 from prism.apps.objectfile import ObjectMeta, StoreError, footer, read_meta, replicated_footer
 from prism.apps.objects import Objects
 from prism.apps.replicadisk import Disk, Kept, StateFile
 from prism.apps.replicalisting import merge_replicas
 from prism.errors import ConfigError, ProtocolError
+from prism.replication.rules import KeyLocks
 from prism.replication.views import NO_VERSION, Saved, Version, View
 
 LAYOUT = {"nodes": [["a", 1.0], ["b", 1.0]], "replicas": 2}
@@ -116,7 +119,38 @@ def test_a_deletion_has_a_version_and_is_no_object(opened: Callable[[], Disk]) -
         await disk.remove(key, Version(1, 1))
         assert await disk.version(key) == Version(1, 2)
         await disk.remove(key, Version(1, 2))
-        assert await disk.version(key) == NO_VERSION and disk.deletions == {}
+        assert await disk.version(key) == NO_VERSION
+
+    run(work)
+
+
+class _Part:
+    """As much of a replicator as marks ask for."""
+
+    def __init__(self, serving: int) -> None:
+        self.view = View(3, tuple("abc"[:serving]))
+        self.membership = SimpleNamespace(nodes=("a", "b", "c"))
+        self.lock = KeyLocks()
+
+
+def test_marks_of_deletion_go_when_all_serve(opened: Callable[[], Disk]) -> None:
+    async def work() -> None:
+        disk = opened()
+        for number in range(600):
+            key, version = b"k/%d" % number, Version(1, 1 + number)
+            copy = kept(disk, key, version, b"", deleted=number % 2 == 0)
+            await disk.put(key, version, copy)
+        assert disk.marked
+        marks = Marks(_Part(2), disk)  # type: ignore[arg-type]
+        await marks.remove_old(-60.0)
+        assert len(disk.list(b"", b"", 999)[0]) == 600
+        marks = Marks(_Part(3), disk)  # type: ignore[arg-type]
+        disk.marked = False
+        await marks.remove_old(60.0)  # they are not so old
+        assert len(disk.list(b"", b"", 999)[0]) == 600 and disk.marked
+        await marks.remove_old(-60.0)
+        left = disk.list(b"", b"", 999)[0]
+        assert len(left) == 300 and not any(meta.deleted for _, meta in left)
 
     run(work)
 
