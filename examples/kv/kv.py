@@ -8,8 +8,9 @@
     sudo prism-proxy lab exec client -- curl -s -X POST -d 2 http://10.77.0.80/visits
     sudo prism-proxy lab down
 
-A key has one home (rendezvous hashing), so adding to a number needs no lock; without ``failover`` a
-key whose backend is gone is no other's. Nothing here knows of Prism.
+A key has one home (rendezvous hashing; a backend has one worker unless told otherwise), so adding
+to a number needs no lock; without ``failover`` a key whose backend is gone is no other's. Nothing
+here knows of Prism.
 """
 
 from collections.abc import Awaitable, Callable

@@ -22,9 +22,11 @@ HERE = Path(__file__).parent
 SETTINGS = {
     "health.path": "/healthz",
     "health.interval": 0.2,
+    "health.timeout": 5.0,
     "health.fall": 2,
     "health.eject_after": 2,
     "health.eject_time": 1.0,
+    "frontend.handoff_deadline_ms": 600,
 }
 
 
@@ -95,20 +97,23 @@ def test_a_node_whose_application_is_ill_is_left_out(apps: tuple[Bed, Path]) -> 
 
 
 def test_a_node_that_stands_still_is_ejected(apps: tuple[Bed, Path]) -> None:
-    """Its link is up for seconds still; every request is answered, by another node."""
+    """Its link is up for seconds still; every request is answered, by another node.
+
+    On a very slow machine the link is given up before there were failures enough.
+    """
     bed, _ = apps
     key = bed.key("be3", "still")
     assert wait_for(lambda: fit(bed, "be3"))
     assert answered_by(bed, key) == "be3"
-    changes = "be3 ejected"
-    before = bed.counters("fe1")["health_changes"].get(changes, 0)
+    before = Counter(bed.counters("fe1")["health_changes"])
     os.killpg(bed.cluster.node("be3").pid, signal.SIGSTOP)
     try:
         other = second(bed, key)
 
         def ejected() -> bool:
             assert answered_by(bed, key) == other
-            return bool(bed.counters("fe1")["health_changes"].get(changes, 0) > before)
+            changed = Counter(bed.counters("fe1")["health_changes"]) - before
+            return bool({"be3 ejected", "be3 unlinked"} & changed.keys())
 
         assert wait_for(ejected, 15)
     finally:
