@@ -72,12 +72,13 @@ ONLY = {
         "test_two_thousand_requests_are_answered_by_their_owners",
         "test_uploads",
     ),
-    # The lab, its commands and the examples bring up clusters of their own; the failover is of
-    # P4Runtime whatever the other tests are of.
+    # The lab, its commands and the examples bring up clusters of their own; failover and TLS are
+    # of P4Runtime whatever the other tests are of.
     "test_demo": (),
     "test_examples": (),
     "test_lab": (),
     "test_p4runtime_failover": (),
+    "test_p4runtime_tls_lab": (),
 }
 
 EVERY_VARIANT = {
