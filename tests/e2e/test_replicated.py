@@ -80,8 +80,14 @@ def test_each_object_is_on_so_many_backends(shared: Bed) -> None:
 
 def test_reads_are_spread_over_the_replicas(shared: Bed) -> None:
     shared.store("/spread", 500)
-    nodes = {shared.client.once("GET", "/spread").node.partition("/")[0] for _ in range(20)}
-    assert nodes == set(replicas(shared, "/spread"))
+    seen: set[str] = set()
+
+    def all_seen() -> bool:
+        seen.add(shared.client.once("GET", "/spread").node.partition("/")[0])
+        return seen >= set(replicas(shared, "/spread"))
+
+    assert wait_for(all_seen, 10.0)
+    assert seen == set(replicas(shared, "/spread"))
 
 
 def test_conditions_ranges_and_deletion(shared: Bed) -> None:
