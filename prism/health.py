@@ -28,8 +28,6 @@ __all__ = ["Health"]
 
 log = logging.getLogger(__name__)
 
-_NOBODY: frozenset[str] = frozenset()
-
 
 class _Check:
     """What one check has found about one node."""
@@ -99,7 +97,10 @@ class Health:
         self._metrics = metrics
         self._clock = clock
         self._nodes: dict[str, _Node] = {}
-        self._all_fit = False  # nothing has to be looked at for a request then
+        # Who is to be left out, by pool, and until when that is known: requests only look here.
+        self._unfit: dict[
+            tuple[frozenset[str], CheckConfig | None], tuple[float, frozenset[str]]
+        ] = {}
         self.use(settings, names)
 
     def use(self, settings: HealthConfig, names: Iterable[str]) -> None:
@@ -107,7 +108,7 @@ class Health:
         self.settings = settings
         names = [name for name in names if name != self.own]
         self._nodes = {name: self._nodes.get(name) or _Node() for name in names}
-        self._all_fit = False
+        self._unfit.clear()
 
     # -- what happens ----------------------------------------------------------------------
 
@@ -118,6 +119,7 @@ class Health:
             return
         before = bool(node.linked)
         (node.linked.add if up else node.linked.discard)(worker)
+        self._unfit.clear()
         if up:
             node.draining.discard(worker)  # a worker that is going says so again at once
         if bool(node.linked) != before:
@@ -148,6 +150,7 @@ class Health:
         wanted = set(checks)
         for node in self._nodes.values():
             node.checks = {check: found for check, found in node.checks.items() if check in wanted}
+        self._unfit.clear()
 
     def succeeded(self, name: str) -> None:
         """A handoff to a node, or a request relayed there, went well."""
@@ -197,7 +200,7 @@ class Health:
         self._changed(self.own, "draining" if draining else "serving", "")
 
     def _changed(self, name: str, change: str, why: str) -> None:
-        self._all_fit = False
+        self._unfit.clear()
         self._metrics.health_changes.add(name, change)
         bad = change in ("down", "ejected", "unlinked")
         log.log(
@@ -243,22 +246,29 @@ class Health:
                 return "down"
         return "ejected" if self._clock() < node.ejected_until else "fit"
 
-    def avoid(self, names: Iterable[str], check: CheckConfig | None = None) -> frozenset[str]:
+    def avoid(self, names: frozenset[str], check: CheckConfig | None = None) -> frozenset[str]:
         """Who of some nodes is to be left out.
 
         Args:
             names: of a pool's nodes.
             check: the pool's.
         """
-        if self._all_fit:
-            return _NOBODY
-        self._all_fit = all(self.state(name) == "fit" for name in (self.own, *self._nodes))
-        names = tuple(names)
+        known = self._unfit.get((names, check))
+        now = self._clock()
+        if known is None or known[0] <= now:
+            ends = (node.ejected_until for node in self._nodes.values() if node.ejected_until > now)
+            known = self._unfit[names, check] = (
+                min(ends, default=math.inf),
+                self._find_unfit(names, check),
+            )
+        return known[1]
+
+    def _find_unfit(self, names: frozenset[str], check: CheckConfig | None) -> frozenset[str]:
         unfit = {name: state for name in names if (state := self.state(name, check)) != "fit"}
         if len(unfit) == len(names):
             unfit = {name: state for name, state in unfit.items() if state == "draining"}
             if len(unfit) == len(names):
-                return _NOBODY
+                return frozenset()
         return frozenset(unfit)
 
     def snapshot(self) -> dict[str, dict[str, Any]]:
