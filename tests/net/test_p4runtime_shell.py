@@ -90,6 +90,32 @@ def test_a_script_inserts_modifies_reads_and_deletes(
     assert "LEFT 0" in done.stdout
 
 
+MESSAGES = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from prism.switch.p4runtime_messages import p4, p4_config
+request = p4.WriteRequest(device_id=7, atomicity=p4.WriteRequest.ROLLBACK_ON_ERROR)
+entry = request.updates.add(type=p4.Update.MODIFY).entity.table_entry
+entry.match.add(field_id=2).lpm.prefix_len = 9
+info = p4_config.P4Info(actions=[p4_config.Action(preamble=p4_config.Preamble(id=4, name="four"))])
+print(request.SerializeToString().hex(), info.SerializeToString().hex())
+"""
+
+
+def test_messages_are_the_same_on_the_old_protobuf_and_on_ours() -> None:
+    told = [
+        subprocess.run(
+            [python, "-c", MESSAGES, Path(__file__).parents[2]],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        ).stdout
+        for python in (SHELL, sys.executable)
+    ]
+    assert told[0] == told[1] != ""
+
+
 class Terminal:
     """The shell at a terminal."""
 
