@@ -166,6 +166,20 @@ def test_the_guest_does_not_say_how_it_went(
     expect(machine.run("--time-out", "1", "true"), status, told)
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_stale_code_in_the_emulator_is_tried_again_once(machine: Machine, times: int) -> None:
+    machine.fill_cache()
+    count = machine.home / "starts"
+    oops = "echo '[ 21.9] Oops: int3: 0000'; echo 'Kernel panic - not syncing: Fatal exception'"
+    done = "echo last words"
+    script = f"echo x >>{count}; mapfile lines <{count}; "
+    script += f"if [ ${{#lines[@]}} -le {times} ]; then {oops}; else {done}; fi"
+    machine.program("qemu-system-x86_64", script)
+    status, told = (71, "last words") if times == 1 else (72, "Fatal exception")
+    expect(machine.run("true"), status, "once more", told)
+    assert count.read_text().split() == ["x", "x"]
+
+
 @pytest.mark.parametrize("status", [0, 7])
 def test_the_status_is_that_of_the_command(machine: Machine, status: int) -> None:
     machine.fill_cache()
