@@ -16,7 +16,9 @@ from prism.replication.views import Version, View
 KEYS = [b"0", b"1", b"2", b"3"]
 FAULTS = st.lists(
     st.tuples(
-        st.sampled_from(("crash", "restart", "cut", "isolate", "heal", "loss", "wait", "wipe")),
+        st.sampled_from(
+            ("crash", "restart", "cut", "isolate", "heal", "loss", "wait", "wipe", "leave", "stay")
+        ),
         st.integers(0, 4),
         st.integers(0, 4),
         st.sampled_from((0.02, 0.3, 1.0, 2.5)),
@@ -81,6 +83,11 @@ async def _fault(world: World, kind: str, one: int, other: int, seconds: float) 
         world.start(name)
     elif kind == "restart" and name not in world.nodes:
         world.start(name)
+    elif kind == "leave" and name in world.nodes:
+        node = world.nodes[name]
+        node.spawn(node.leave(3 * LEASE))
+    elif kind == "stay" and name in world.nodes:
+        world.nodes[name].stay()
     elif kind == "cut" and name != peer:
         world.cut.add(frozenset((name, peer)))
     elif kind == "isolate":  # clients go on asking it
@@ -123,11 +130,14 @@ async def _story(seed: int, names: str, replicas: int, faults: list[tuple[str, i
             break
     world.cut.clear()
     world.loss = 0.0
+    stop.set()
+    await clients
     for name in names:
         if name not in world.nodes:
             world.start(name)
-    stop.set()
-    await clients
+    await asyncio.sleep(3 * LEASE)  # whoever is about to leave has asked to
+    for node in world.nodes.values():
+        node.stay()
     await world.until(lambda: world.all_serve() and _agree(world))
     for key in KEYS:  # after all that, writes and reads go on
         await _at_last(world, lambda number, key=key: world.write(key, (1 << 40) + number))
