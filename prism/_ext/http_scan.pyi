@@ -31,6 +31,9 @@ def peek(fd: int, limit: int, /) -> bytes:
         OSError: the connection is lost.
     """
 
+def take(fd: int, limit: int, /) -> bytes:
+    """As `peek`, and takes it out of the queue."""
+
 def drop(fd: int, n: int, /) -> int:
     """Take up to ``n`` octets out of a TCP socket's receive queue, uncopied; how many that were.
 

@@ -188,6 +188,16 @@ def peek(int fd, Py_ssize_t limit, /):
     return PyBytes_FromStringAndSize(_buffer, size)
 
 
+def take(int fd, Py_ssize_t limit, /):
+    cdef ssize_t size
+    if limit > BUFFER or limit < 0:
+        limit = BUFFER
+    size = _receive(fd, limit, 0)
+    if size < 0:
+        raise BlockingIOError(EAGAIN, "nothing to read now")
+    return PyBytes_FromStringAndSize(_buffer, size)
+
+
 def drop(int fd, size_t n, /):
     cdef ssize_t size
     while True:

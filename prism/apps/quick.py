@@ -16,7 +16,8 @@ from collections.abc import Coroutine
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
 
-from prism._ext.http_scan import receive_response
+from prism._ext.http_scan import receive_response, take
+from prism.apps.passing import SPLICE_FROM
 from prism.apps.pool import Pool
 from prism.apps.upstream import Upstream, UpstreamError, UpstreamFailed
 from prism.http.body import ClientGone
@@ -51,7 +52,7 @@ class Quick:
     """One request on its way; what an exchange waits for."""
 
     __slots__ = (
-        *("_bodiless", "_exchange", "_follower", "_pool", "_relay", "_request", "_rest"),
+        *("_bodiless", "_exchange", "_follower", "_left", "_pool", "_relay", "_request", "_rest"),
         "_upstream",
     )
 
@@ -66,6 +67,7 @@ class Quick:
         follower: Follower | None = None,
     ) -> None:
         self._follower = follower
+        self._left = 0  # octets of the response's body to come
         self._relay = relay
         self._exchange = exchange
         self._pool = pool
@@ -117,8 +119,11 @@ class Quick:
             self._follower.lost()
 
     def expire(self) -> None:
-        """The response has not begun in time."""
-        self._go_on(_raise(UpstreamFailed(504, "the upstream took too long to respond")))
+        """The response has not come, or not gone on, in time."""
+        if self._exchange.started:
+            self._go_on(_raise(UpstreamError("the upstream's response stands still")))
+        else:
+            self._go_on(_raise(UpstreamFailed(504, "the upstream took too long to respond")))
 
     def _readable(self) -> None:
         exchange, upstream = self._exchange, self._upstream
@@ -147,10 +152,42 @@ class Quick:
         except ClientGone as error:
             self._go_on(_raise(error))
             return
-        if left or rest is not None:
+        self._passed(left, rest)
+
+    def _more(self) -> None:
+        """More of a body that did not come all at once."""
+        exchange, upstream = self._exchange, self._upstream
+        try:
+            data = take(upstream.stream.fileno(), self._left)
+            lost = "" if data else f"the upstream's body ends {self._left} octets early"
+        except BlockingIOError:
+            return
+        except OSError as error:
+            lost = f"the upstream's connection broke: {error}"
+        if lost:
+            self._go_on(_raise(UpstreamError(lost)))
+            return
+        try:
+            rest = exchange.write_now(data)
+        except ClientGone as error:
+            self._go_on(_raise(error))
+            return
+        self._passed(self._left - len(data), rest)
+
+    def _passed(self, left: int, rest: Rest) -> None:
+        """Some of the response is out; ``left`` octets are to come, or ``rest`` is to be done."""
+        exchange, upstream = self._exchange, self._upstream
+        if rest is not None or left >= SPLICE_FROM:
             upstream.expect(left)
             self._go_on(self._relay.pass_rest(exchange, upstream, rest))
             return
+        if left:
+            self._left = left
+            self._relay.waiting.add(self)  # from now on anew
+            upstream.stream.on_readable(self._more)
+            return
+        if not exchange.finished:
+            exchange.end_now()
         upstream.reusable = True
         self._stop_waiting()
         exchange.waits = None
@@ -204,7 +241,8 @@ class Waiting:
         return len(self._since)
 
     def add(self, quick: Quick) -> None:
-        """One more, from now on."""
+        """One more, from now on; or one that was there already, anew."""
+        self._since.pop(quick, None)
         self._since[quick] = monotonic()
         if self._timer is None:
             loop = asyncio.get_running_loop()

@@ -217,6 +217,22 @@ async def test_plain_answers_go_the_quick_way(ways: list[str]) -> None:
     assert ways == ["quick", "quick"]
 
 
+async def test_bodies_in_pieces_go_the_quick_way(ways: list[str]) -> None:
+    body = bytes(range(256)) * 256
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body)
+    pieces = [head + body[:100], body[100:40_000], body[40_000:-1], body[-1:]]
+    assert (await both(pieces, end=False, pause=0.01)).endswith(b"\r\n\r\n" + body)
+    assert ways == ["quick"]
+
+
+async def test_bodies_that_stand_still_are_cut_off(ways: list[str]) -> None:
+    behind = Upstream([OK[:-1]])
+    async with relayed(behind, quick=True, seconds=0.2) as port:
+        assert await ask(port, request("/warm") + request("/x")) == b"reset"
+        await asyncio.wait_for(behind.lost.wait(), 5)
+    assert ways == ["slow"]
+
+
 async def test_pipelined_requests_keep_their_order_and_the_connection(ways: list[str]) -> None:
     behind = Upstream([OK])
     async with relayed(behind, quick=True) as port:
