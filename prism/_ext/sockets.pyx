@@ -36,21 +36,13 @@ cdef extern from "<netinet/in.h>" nogil:
 cdef extern from "<arpa/inet.h>" nogil:
     const char *inet_ntop(int family, const void *address, char *text, socklen_t size)
 
-cdef extern from *:
-    """
-    #include <sys/socket.h>
-    #include <netinet/in.h>
-    #ifndef _GNU_SOURCE
-    #define _GNU_SOURCE
-    #endif
-    extern int accept4(int fd, struct sockaddr *restrict address, socklen_t *restrict size, int flags);
-    """
+cdef extern from "<sys/socket.h>" nogil:  # Python.h asks for GNU's extensions
     int SOCK_NONBLOCK
     int SOCK_CLOEXEC
     int SOL_SOCKET
     int SO_COOKIE
-    int accept4(int fd, sockaddr *address, socklen_t *size, int flags) nogil
-    int getsockopt(int fd, int level, int option, void *value, socklen_t *size) nogil
+    int accept4(int fd, sockaddr *address, socklen_t *size, int flags)
+    int getsockopt(int fd, int level, int option, void *value, socklen_t *size)
 
 
 cdef union _Address:
