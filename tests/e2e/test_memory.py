@@ -42,7 +42,7 @@ def relayed(bed: Bed) -> int:
 def test_idle_connections(make_bed: Callable[..., Bed]) -> None:
     """Under 20 kB of user memory each on the backend, nothing on the frontend."""
     bed = make_bed(backends=2, trace=False)
-    count, warm = (COUNT // 5, WARM // 3) if bed.slow_rules else (COUNT, WARM)
+    count, warm = (min(COUNT, 400), min(WARM, 100)) if bed.slow_rules else (COUNT, WARM)
     path = bed.key("be1", "idle")
     bed.store(path, 100)
     # What is allocated once is not what a connection costs; three rounds fill the pools.
