@@ -322,11 +322,14 @@ class TestWhatItTells:
             later.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             later.bind(port)
             later.connect(listener4.getsockname())
-            close_in_order(listener4.accept()[0], later)
+            accepted, _ = listener4.accept()
+            device.register(accepted, 2)
+            close_in_order(accepted, later)
         assert time_waits() == 1
+        only_begins(device)
         ours.close()
         (event,) = device.wait()
-        assert (event.reason, event.flags) == (RESET, 0)
+        assert (event.cookie, event.reason, event.flags) == (1, RESET, 0)
 
     def test_a_socket_that_was_reset_before_the_registration(self, device, listener):
         client, ours = connect(listener)
