@@ -47,8 +47,8 @@ def _stalls(bed: Bed, counter: str, wanted: int, tries: int) -> tuple[list[float
     return hit, missed
 
 
-def test_hold_against_drop(make_bed: Callable[..., Bed]) -> None:
-    """Held: no stall worth the name at the median. Dropped: the client's time-out, about 200 ms."""
+def compare(make_bed: Callable[..., Bed]) -> tuple[float, float]:
+    """Medians of the times that the lock cost, in seconds: with packets held, and dropped."""
     priority = os.getpriority(os.PRIO_PROCESS, 0)
     try:
         dropped, _ = _stalls(make_bed(backends=2, lock="drop"), "dropped_packets", 10, 400)
@@ -62,5 +62,12 @@ def test_hold_against_drop(make_bed: Callable[..., Bed]) -> None:
     assert len(dropped) >= 5, "too few uploads met the lock to say anything"
     # Because of the lock: what the upload takes by itself, on a busy machine, is another matter.
     usual = statistics.median(others)
-    assert statistics.median(held) - usual < max(0.005, usual / 2)
-    assert statistics.median(dropped) - usual > 0.1
+    cost = statistics.median(held) - usual
+    assert cost < max(0.005, usual / 2)
+    return cost, statistics.median(dropped) - usual
+
+
+def test_hold_against_drop(make_bed: Callable[..., Bed]) -> None:
+    """Held: no stall worth the name at the median. Dropped: the client's time-out, about 200 ms."""
+    _, dropped = compare(make_bed)
+    assert dropped > 0.1
