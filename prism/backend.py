@@ -25,14 +25,13 @@ from prism.http.head import RequestHead
 from prism.http.response import date_line
 from prism.http.stream import PlainStream
 from prism.listener import Listener
-from prism.monitor.base import Gone
 from prism.monitor.choose import monitor_for
 from prism.node import Node
+from prism.ownership import Ownership
 from prism.policy.engine import Route
 from prism.process import serve
 from prism.renewal import Mirror
 from prism.settling import settle
-from prism.switch.control import Message, Op, Status
 from prism.telemetry.logging import event
 from prism.tls.offload import Mode
 from prism.tls.offload import check as check_offload
@@ -44,27 +43,13 @@ __all__ = ["Backend", "run"]
 
 log = logging.getLogger(__name__)
 
-TIME_WAIT = 60.0  # seconds the kernel keeps a connection it closed first (TCP_TIMEWAIT_LEN)
-DELETE_PAUSE = 1.0  # seconds until a rule's removal is tried again
-
-
-class Owned:
-    """A rule of this backend: of a connection, or of one whose kernel state is not gone yet."""
-
-    __slots__ = ("ended", "gen", "local")
-
-    def __init__(self, gen: int, local: Endpoint) -> None:
-        self.gen = gen
-        self.local = local
-        self.ended = False
-
 
 class Backend(Node):
     """One worker of a backend; an asynchronous context manager that starts and drains it.
 
     Attributes:
         hosted: what answers instead of the object store; ``None``: the store does.
-        rules: by packed flow, the rules that name this worker as the owner.
+        ownership: the rules that name this worker as the owner.
         taking: handoffs to this worker under way, by packed flow.
         relayed_in: how many of the connections are other nodes', for what they relay.
     """
@@ -96,12 +81,12 @@ class Backend(Node):
             raise ConfigError("the configuration has no [backend] section: add one")
         super().__init__(config, config.backend, worker, route)
         self.backend: BackendConfig = config.backend
-        self.rules: dict[bytes, Owned] = {}
         self.taking: dict[bytes, Incoming] = {}
         self.relayed_in = 0
         self.offload: Mode = config.tls.offload if config.tls is not None else "auto"
         self._mirror = Mirror(self)
         self.monitor = monitor_for(config.backend)
+        self.ownership = Ownership(self.switch, self.monitor, self.metrics, lambda: self.stopping)
         self.hosted: Hosted | None = hosted(self.backend, app)
         self.replicated: ReplicatedStore | None = None
         self.store = self._open_store() if self.hosted is None else None
@@ -180,7 +165,7 @@ class Backend(Node):
 
     def status(self) -> dict[str, Any]:
         """The status document."""
-        own: dict[str, Any] = {"rules_owned": len(self.rules), "taking": len(self.taking)}
+        own: dict[str, Any] = {"rules_owned": len(self.ownership), "taking": len(self.taking)}
         if self.replicated is not None:
             own["replication"] = self.replicated.status()
         return super().status() | own | {"monitor": self.monitor.name}
@@ -353,8 +338,6 @@ class Backend(Node):
             self.metrics.handoffs_in += 1
         offer = handoff.offer
         key = offer.flow
-        # A rule of this flow's last connection, if any, is the one that was just taken over.
-        self.rules[key] = owned = Owned(handoff.gen, handoff.local)
         connection = Connection(
             stream,
             handoff.flow,
@@ -366,12 +349,7 @@ class Backend(Node):
         )
         self.connections[key] = connection
         self.teller.changed()
-        self.monitor.watch(
-            stream.fileno(),
-            handoff.local,
-            handoff.flow.client,
-            lambda gone: self._gone(key, owned, gone),
-        )
+        self.ownership.begin(key, handoff.gen, handoff.local, handoff.flow.client, stream.fileno())
         connection.start()
         if self.trace:
             handoff.steps["served"] = monotonic_ns() - offer.arrived_ns
@@ -398,19 +376,14 @@ class Backend(Node):
             self.monitor.forget(connection.local, connection.flow.client)
             return
         super().handed_over(handoff)
-        owned = self.rules.pop(connection.key, None)
-        if owned is not None:
-            self.monitor.forget(owned.local, connection.flow.client)
+        self.ownership.end(connection.key, connection.flow.client)
 
     def rule_changed(self, connection: Connection, gen: int) -> None:
         """The rule has another generation, or is gone."""
         super().rule_changed(connection, gen)
+        self.ownership.changed(connection.key, gen)
         if gen:
-            owned = self.rules.get(connection.key)
-            if owned is not None:
-                owned.gen = gen
             return
-        self.rules.pop(connection.key, None)
         # Without a rule the client's packets go to the frontend: nobody can serve it here.
         connection.close(abort=True)
 
@@ -418,60 +391,23 @@ class Backend(Node):
         """Whether the connection of a flow exists; one in TIME_WAIT does not count."""
         if self.in_transit(flow):
             return True
-        owned = self.rules.get(flow)
-        if owned is None:
-            return False
-        client = Flow.unpack(flow).client
-        # The kernel knows best: this process may not have heard yet that the client has gone.
-        if not owned.ended and self.monitor.alive(owned.local, client):
+        known = flow in self.ownership.rules
+        if self.ownership.alive(flow):
             return True
-        del self.rules[flow]  # the caller removes it from the switch
-        self.monitor.forget(owned.local, client)
         connection = self.connections.get(flow)
-        if connection is not None:
+        if known and connection is not None:
             connection.close(abort=True)
         return False
 
-    def _gone(self, flow: bytes, owned: Owned, gone: Gone) -> None:
-        """The kernel has forgotten a connection, or keeps only its TIME_WAIT state."""
-        if self.rules.get(flow) is not owned or owned.ended:
-            return  # the client uses its port for a new connection already
-        owned.ended = True
-        if gone.time_wait:
-            asyncio.get_running_loop().call_later(TIME_WAIT, self._withdraw, flow, owned)
-        else:
-            self._withdraw(flow, owned)
-
-    def _withdraw(self, flow: bytes, owned: Owned) -> None:
-        """Remove a rule whose connection is gone; again until the switch answers."""
-        if self.rules.get(flow) is not owned:
-            return
-
-        def answered(reply: Message | None) -> None:
-            if reply is not None:
-                if self.rules.get(flow) is owned:
-                    del self.rules[flow]
-                if reply.status not in (Status.OK, Status.NOENT):
-                    self.metrics.control_errors.add("delete", Status(reply.status).name)
-            elif not self.stopping:
-                asyncio.get_running_loop().call_later(DELETE_PAUSE, self._withdraw, flow, owned)
-
-        self.switch.submit(Op.DELETE, flow, answered, gen=owned.gen)
-
     async def restore_rules(self) -> None:
         """Add the rules of all connections again, after the switch has lost its table."""
-        for flow, owned in list(self.rules.items()):
-            if owned.ended:
-                del self.rules[flow]
-                continue
-            reply = await self.switch.request(
-                Op.ADD, flow, cookie=owned.gen & (1 << 63) - 1, endpoint=owned.local
-            )
-            if reply is not None and reply.status == Status.OK:
-                owned.gen = reply.gen
-                connection = self.connections.get(flow)
-                if connection is not None:
-                    connection.gen = reply.gen
+
+        def added(flow: bytes, gen: int) -> None:
+            connection = self.connections.get(flow)
+            if connection is not None:
+                connection.gen = gen
+
+        await self.ownership.restore(added)
 
 
 def run(config: Config) -> int:
