@@ -86,7 +86,13 @@ class Backend(Node):
         self.offload: Mode = config.tls.offload if config.tls is not None else "auto"
         self._mirror = Mirror(self)
         self.monitor = monitor_for(config.backend)
-        self.ownership = Ownership(self.switch, self.monitor, self.metrics, lambda: self.stopping)
+        self.ownership = Ownership(
+            self.switch,
+            self.monitor,
+            self.metrics,
+            stopping=lambda: self.stopping,
+            unsure=self.reconciler.check,
+        )
         self.hosted: Hosted | None = hosted(self.backend, app)
         self.replicated: ReplicatedStore | None = None
         self.store = self._open_store() if self.hosted is None else None

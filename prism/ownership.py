@@ -47,6 +47,7 @@ class Ownership:
         monitor: Monitor,
         metrics: Metrics,
         stopping: Callable[[], bool],
+        unsure: Callable[[bytes], None],
     ) -> None:
         """Begin without a rule.
 
@@ -56,9 +57,12 @@ class Ownership:
             metrics: count what the switch refuses.
             stopping: whether the worker ends. Removals are not tried again then: the agent
                 removes what is left when the lease is over.
+            unsure: told the packed flow of a rule that has another generation in the switch than
+                here, so that it was not removed: somebody has to look what it is.
         """
         self.rules: dict[bytes, Owned] = {}
         self._stopping = stopping
+        self._unsure = unsure
         self._switch = switch
         self._monitor = monitor
         self._metrics = metrics
@@ -150,6 +154,8 @@ class Ownership:
                     del self.rules[key]
                 if reply.status not in (Status.OK, Status.NOENT):
                     self._metrics.control_errors.add("delete", Status(reply.status).name)
+                if reply.status == Status.STALE:
+                    self._unsure(key)
             elif not self._stopping():
                 asyncio.get_running_loop().call_later(DELETE_PAUSE, self._withdraw, key, owned)
 

@@ -113,7 +113,9 @@ class Reconciler:
             # is reset here, or by a frontend when the rule is gone by then.
             client = Flow.unpack(rule.flow).client
             provoker.provoke(Flow(client, rule.owner_endpoint).pack())
-        await switch.request(Op.DELETE, rule.flow, gen=gen)
+        reply = await switch.request(Op.DELETE, rule.flow, gen=gen)
+        if not _settles(reply):  # not answered, or changed by a request whose answer was lost
+            self.check(rule.flow)
 
     async def _check_all(self) -> None:
         try:
@@ -155,4 +157,10 @@ class Reconciler:
         return await self._delete(reply)
 
     async def _delete(self, rule: Message) -> bool:
-        return await self._node.switch.request(Op.DELETE, rule.flow, gen=rule.gen) is not None
+        """Whether the rule is gone; where it has changed meanwhile it is looked at again."""
+        return _settles(await self._node.switch.request(Op.DELETE, rule.flow, gen=rule.gen))
+
+
+def _settles(reply: Message | None) -> bool:
+    """Whether an answer to DELETE leaves nothing to ask: it came, and was not of another state."""
+    return reply is not None and reply.status != Status.STALE
