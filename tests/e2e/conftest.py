@@ -23,7 +23,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("brief", False):  # not known where tests/e2e is not among the arguments
-        chosen = set(brief([item for item in items if "/e2e/" in str(item.path)]))
+        chosen = set(
+            brief([i for i in items if "/e2e/" in str(i.path)], whole=not config.getoption("lf"))
+        )
         left = [item for item in items if "/e2e/" in str(item.path) and item not in chosen]
         config.hook.pytest_deselected(items=left)
         items[:] = [item for item in items if item not in left]
