@@ -24,7 +24,7 @@ __all__ = ["Draining", "LastAnswer", "Teller"]
 
 log = logging.getLogger(__name__)
 
-PAUSE = 0.1  # seconds between two messages about connections
+PAUSE = 1.0  # seconds between two messages about connections
 SETTLE = 0.5  # seconds until all callers have heard of it, and act accordingly
 _TURN = 0.02  # seconds
 _AGAIN = 0.5  # seconds until an idle connection that nobody took is offered again

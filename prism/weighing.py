@@ -22,7 +22,7 @@ from prism.telemetry.metrics import Metrics
 
 __all__ = ["Weigher"]
 
-PAUSE: Final = 0.1  # seconds between two reports
+PAUSE: Final = 1.0  # seconds between two reports
 _ENTRIES = 42  # of one report: what fits MAX_REPORT
 _REPORTS = 8  # at a time; what was learned beyond that is not told
 
