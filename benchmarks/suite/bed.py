@@ -49,8 +49,9 @@ class Measured:
         backends: seconds of all its backend processes.
         counters: how Prism's own counters moved; empty for a rival.
         seconds: how long it took.
-        octets: delivered in a second: of a GET what the client has read; of a PUT what it has sent
-            on its link, since bodies that are not complete at the end count, too.
+        octets: delivered in a second: of a GET what the client has read; of a PUT what has come to
+            the backends and stayed there, by their links, since bodies that are not complete at
+            the end count, too, but neither what was lost on the way nor what is only passed on.
     """
 
     sample: Sample
@@ -241,7 +242,7 @@ class Bed:
             self._backends(system, usage),
             moved,
             seconds,
-            usage.links["client"][1] / seconds if load.method == "PUT" else sample.octets,
+            _stayed(usage) / seconds if load.method == "PUT" else sample.octets,
         )
 
     def place(self, path: str) -> str:
@@ -261,3 +262,9 @@ class Bed:
     def _backends(self, system: str, usage: Usage) -> float:
         prefix = "be" if system in ("prism", "nginx-store") else "origin-"
         return sum(used for role, used in usage.cpu.items() if role.startswith(prefix))
+
+
+def _stayed(usage: Usage) -> int:
+    """Octets that backends have received and not sent on; of their answers little is to be seen."""
+    links = [link for device, link in usage.links.items() if device.startswith("be")]
+    return sum(received - sent for received, sent in links)
