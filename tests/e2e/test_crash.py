@@ -170,7 +170,7 @@ def test_backend_dies_with_a_frozen_connection(make_bed: Callable[..., Bed]) -> 
     for path in (first, second):
         bed.store(path, 1000)
     pid = bed.cluster.node("be1").pid
-    with bed.client.open(timeout=3.0) as conn:
+    with bed.client.open(timeout=15.0) as conn:
         assert conn.request("GET", second).status == 200
         os.kill(pid, signal.SIGSTOP)
         try:
