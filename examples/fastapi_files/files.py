@@ -82,4 +82,4 @@ async def echo(socket: WebSocket) -> None:
         while True:
             await socket.send_text(await socket.receive_text())
     except WebSocketDisconnect:
-        pass
+        pass  # the client is done

@@ -206,7 +206,7 @@ class Objects:
             try:
                 os.mkdir(directory)  # noqa: PTH102
             except FileExistsError:
-                pass
+                pass  # another write made it meanwhile
             except FileNotFoundError:
                 return  # cleared away behind us: the caller tries again
             self.sync_directory(os.path.dirname(directory))  # noqa: PTH120

@@ -98,7 +98,7 @@ def parse_response_head(block: bytes) -> ResponseHead:
     try:
         parser.feed_data(block)
     except httptools.HttpParserUpgrade:
-        pass
+        pass  # the head is read; what follows it is no matter of this parser
     except httptools.HttpParserError as error:
         raise UpstreamError(f"the upstream's response is not HTTP: {error}") from None
     length: int | None = None

@@ -200,7 +200,7 @@ class PlainStream:
         try:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORTIVE)
         except OSError:
-            pass
+            pass  # it is closed all the same
         self.close()
 
     def close(self) -> None:

@@ -194,7 +194,7 @@ def fragment_limit(hello: bytes) -> int:
                 return {1: 512, 2: 1024, 3: 2048, 4: 4096}.get(hello[at + 4], MAX_FRAGMENT)
             at += 4 + length
     except (IndexError, struct.error):
-        pass
+        pass  # OpenSSL has judged the hello; what cannot be read here asks for nothing
     return MAX_FRAGMENT
 
 
