@@ -35,7 +35,9 @@ def extension(name: str, *sources: str, libraries: tuple[str, ...] = ()) -> Exte
 
 
 EXTENSIONS = [
-    extension("tcp_repair", "tcp_state.c", "tcp_repair.c", "tcp_import.c", "tcp_fin.c"),
+    extension(
+        "tcp_repair", "tcp_state.c", "tcp_repair.c", "tcp_import.c", "tcp_fin.c", "tcp_window.c"
+    ),
     extension("control", "siphash.c"),
     extension("sockets"),
     extension("http_scan", "http_scan.c"),

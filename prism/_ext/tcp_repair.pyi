@@ -81,6 +81,25 @@ def probe(fd: int) -> None:
         OSError: not a TCP socket, or no privilege.
     """
 
+def narrow(fd: int, octets: int) -> int:
+    """Take back what the receive window offers beyond ``octets``, on a live connection.
+
+    For a peer that waits for an answer: what it has under way beyond the new window would be
+    dropped, and come again late. It learns from the next segment that acknowledges something new,
+    usually the answer; the window grows no further until TCP_WINDOW_CLAMP is put back.
+
+    Args:
+        fd: the socket.
+        octets: 4096 to 2**30.
+
+    Returns:
+        What TCP_WINDOW_CLAMP was; 0: there is input, the peer does not wait, nothing was done.
+
+    Raises:
+        OSError: not a TCP socket, or no privilege.
+        ValueError: as said.
+    """
+
 def close_quietly(fd: int) -> None:
     """Close the descriptor without one packet being sent. Never raises for a broken connection."""
 

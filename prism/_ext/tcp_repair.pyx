@@ -62,6 +62,9 @@ cdef extern from "tcp_repair.h" nogil:
     prism_tcp_result prism_tcp_freeze(int fd, prism_fault *fault)
     prism_tcp_result prism_tcp_resume(int fd, int probe, prism_fault *fault)
     void prism_tcp_close_quietly(int fd)
+    prism_tcp_result prism_tcp_narrow(
+        int fd, uint32_t octets, uint32_t *clamp, prism_fault *fault
+    )
     prism_tcp_result prism_tcp_export(int fd, prism_blob *blob, prism_fault *fault)
     void prism_blob_free(prism_blob *blob)
     prism_tcp_result prism_tcp_import(
@@ -142,6 +145,19 @@ def probe(int fd):
             result = prism_tcp_resume(fd, 1, &fault)
     if result != PRISM_TCP_OK:
         raise _error(result, &fault)
+
+
+def narrow(int fd, int octets):
+    cdef prism_fault fault
+    cdef prism_tcp_result result
+    cdef uint32_t clamp
+    if not 4096 <= octets <= 1 << 30:
+        raise ValueError(f"octets must be 4096 to 2**30, not {octets}")
+    with nogil:
+        result = prism_tcp_narrow(fd, <uint32_t>octets, &clamp, &fault)
+    if result != PRISM_TCP_OK:
+        raise _error(result, &fault)
+    return clamp
 
 
 def close_quietly(int fd):

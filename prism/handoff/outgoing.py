@@ -186,6 +186,7 @@ class Outgoing:
 
     def _freeze_export(self) -> None:
         try:
+            self.connection.stream.widen()
             self._state = tcp_repair.export_state(self.connection.stream.fileno())
             self._tls = self.connection.stream.export_tls()
         except (OSError, TlsError) as error:

@@ -22,6 +22,7 @@ DRAIN_LIMIT: Final = 256 * 1024
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _MAX_LINE = 1024  # octets of a chunk-size line with its extensions
 _MAX_TRAILERS = 8 * 1024  # octets
+_NARROW_FROM = 64 * 1024  # octets of a body that leave a wide window behind
 _SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t -~\x80-\xff]*)?")
 _TRAILER = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t -~\x80-\xff]*")
 
@@ -182,6 +183,8 @@ class RequestBody:
             self.complete = self._chunked.complete
         if self.limit is not None and self.received > self.limit:
             raise HttpError(413, f"the body is over {self.limit} octets")
+        if self.complete and self.received >= _NARROW_FROM:
+            self._stream.narrow()
         return data
 
     def _take(self, n: int) -> bytes:

@@ -14,6 +14,7 @@ import struct
 import termios
 from collections.abc import Callable
 
+from prism._ext import tcp_repair
 from prism._ext.http_scan import drop, peek
 from prism.flow import Flow
 from prism.http.stream_protocol import PEEK_LIMIT, Stream
@@ -22,6 +23,7 @@ __all__ = ["PEEK_LIMIT", "PlainStream", "Stream", "has_unread", "linger_close"]
 
 _ABORTIVE = struct.pack("ii", 1, 0)
 _NOTHING = bytes(4)
+_AHEAD = 16 * 1024  # octets
 
 
 class PlainStream:
@@ -35,6 +37,7 @@ class PlainStream:
 
     __slots__ = (
         "_awaiting",
+        "_clamp",
         "_eof",
         "_fd",
         "_flow",
@@ -62,6 +65,7 @@ class PlainStream:
         self._reader: asyncio.Future[None] | Callable[[], None] | None = None
         self._writer: asyncio.Future[None] | None = None
         self._watched = False
+        self._clamp = 0  # the window's bound, while it is narrow
 
     def __repr__(self) -> str:
         return f"<PlainStream fd={self._fd} {self._flow or ''}>"
@@ -99,6 +103,20 @@ class PlainStream:
 
     def expect(self, n: int) -> None:
         """Does nothing; see :meth:`Stream.expect`."""
+
+    def narrow(self) -> None:
+        """Lets the client send only the beginning of its next request ahead."""
+        if not self._clamp:
+            try:
+                self._clamp = tcp_repair.narrow(self._fd, _AHEAD)
+            except OSError:
+                pass  # lost, as whoever reads next will see; or no privilege, and no handoffs
+
+    def widen(self) -> None:
+        """Undoes :meth:`narrow`."""
+        if self._clamp:
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, self._clamp)
+            self._clamp = 0
 
     def export_tls(self) -> bytes:
         """Empty: this connection has no TLS."""

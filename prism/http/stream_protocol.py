@@ -118,6 +118,22 @@ class Stream(Protocol):
         """Says that ``n`` octets of a request's body are going to be received."""
         ...
 
+    def narrow(self) -> None:
+        """Lets a client that waits for its answer send little of its next request ahead.
+
+        An upload leaves a wide window behind. If the next request belongs to another node, what
+        has come of it travels twice: here, and with the handoff.
+        """
+        ...
+
+    def widen(self) -> None:
+        """Undoes :meth:`narrow`: more than a request's head is going to be received.
+
+        Raises:
+            OSError: the connection is lost.
+        """
+        ...
+
     def export_tls(self) -> bytes:
         """The TLS state that travels with the TCP state, a secret; empty without TLS."""
         ...

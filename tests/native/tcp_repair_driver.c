@@ -11,6 +11,7 @@
 #define _GNU_SOURCE /* unshare */
 #include <dirent.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -18,6 +19,7 @@
 #include <unistd.h>
 #include <net/if.h>
 #include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <sys/ioctl.h>
 
 #include "tcp_repair.h"
@@ -142,6 +144,27 @@ static int rebuild(const struct prism_blob *blob, const uint8_t local[16])
 	return import.fd;
 }
 
+/* Its window is taken back and given again, and octets pass both ways all the time. */
+static void narrowed(int client, int server)
+{
+	struct prism_fault fault;
+	uint32_t clamp, none;
+
+	fcntl(server, F_SETFL, 0); /* to wait for what comes */
+	demand_ok(prism_tcp_narrow(server, 16384, &clamp, &fault), &fault, "narrow");
+	demand(clamp != 0, "the window's bound is told");
+	pass(server, client, 1 + next_random(1000));
+	pass(client, server, 1 + next_random(1000));
+	demand(send(client, outgoing, 1, 0) == 1, "send");
+	demand(recv(server, incoming, 1, MSG_PEEK) == 1, "peek");
+	demand_ok(prism_tcp_narrow(server, 16384, &none, &fault), &fault, "narrow");
+	demand(none == 0, "octets are there: nothing is done");
+	demand(recv(server, incoming, 1, 0) == 1, "receive");
+	setsockopt(server, IPPROTO_TCP, TCP_WINDOW_CLAMP, &clamp, sizeof(clamp));
+	pass(client, server, 8000);
+	demand(prism_tcp_narrow(-1, 16384, &none, &fault) == PRISM_TCP_OS_ERROR, "no descriptor");
+}
+
 /* One connection: some octets unread, perhaps a FIN, a move, and everything is still there. */
 static void cycle(int listener, int family)
 {
@@ -170,6 +193,8 @@ static void cycle(int listener, int family)
 	if (half)
 		demand(recv(server, incoming, 1, 0) == 0, "the end after the queue");
 	pass(server, client, 1 + next_random(1000));
+	if (!half)
+		narrowed(client, server);
 	setsockopt(client, SOL_SOCKET, SO_LINGER, &reset, sizeof(reset));
 	close(client);
 	close(server);

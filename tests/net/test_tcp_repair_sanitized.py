@@ -13,7 +13,7 @@ pytestmark = pytest.mark.net
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "prism/_ext/src"
-CORE = ("tcp_state.c", "tcp_repair.c", "tcp_import.c", "tcp_fin.c")
+CORE = ("tcp_state.c", "tcp_repair.c", "tcp_import.c", "tcp_fin.c", "tcp_window.c")
 
 
 @pytest.fixture(scope="module")

@@ -52,6 +52,13 @@ enum prism_tcp_result prism_tcp_activate(const struct prism_import *import,
 					 const uint8_t *payload, const uint8_t local[16], int probe,
 					 struct prism_fault *fault);
 
+/*
+ * Offer a peer that waits for an answer no more than octets from here on. *clamp: what the window's
+ * bound was, to be put back; 0 when nothing was done, since octets are there to be read.
+ */
+enum prism_tcp_result prism_tcp_narrow(int fd, uint32_t octets, uint32_t *clamp,
+				       struct prism_fault *fault);
+
 /* Shared by the files behind this header. */
 enum prism_tcp_result prism_fail(struct prism_fault *fault, int error, const char *what);
 enum prism_tcp_result prism_set_int(int fd, int level, int name, int value, const char *what,
