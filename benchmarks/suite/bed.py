@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from . import rivals
 from .account import Account, Usage
 from .load import Load, Sample, drive
 
-__all__ = ["Bed", "Measured", "keys"]
+__all__ = ["Bed", "Measured"]
 
 RATE = "200mbit"
 _PATTERN = os.urandom(1 << 20)
@@ -29,13 +31,8 @@ _PATTERN = os.urandom(1 << 20)
 _PORTS = {"nginx": (8080, 8440), "haproxy": (8081, 8441), "nginx-store": (8082, 8442)}
 
 
-def keys(size: int) -> list[str]:
-    """Request targets of the objects of this size: enough for all backends, not too many to hold.
-
-    64 of them up to 1 MiB, and at most 256 MiB in all above.
-    """
-    count = max(16, min(64, (256 << 20) // max(size, 1)))
-    return [f"/bench/{size}/{number}" for number in range(count)]
+_MOST_KEYS, _FEWEST_KEYS = 64, 16  # of one size
+_HELD = 256 << 20  # octets of one size's objects, if that is not fewer than the fewest
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +45,7 @@ class Measured:
         frontend: seconds of the system's frontend processes, of ``usage``.
         backends: seconds of all its backend processes.
         counters: how Prism's own counters moved; empty for a rival.
-        seconds: how long it took.
+        seconds: how long the load ran; of a PUT also what was under way at its end.
         octets: delivered in a second: of a GET what the client has read; of a PUT what has come to
             the backends and stayed there, by their links, since bodies that are not complete at
             the end count, too, but neither what was lost on the way nor what is only passed on.
@@ -170,6 +167,28 @@ class Bed:
         )
         self._sessions[name] = self._stack.enter_context(process).session
 
+    def keys(self, size: int) -> list[str]:
+        """Request targets of the objects of this size, the same number at each backend.
+
+        A few dozen keys by their hashes are spread unevenly, and the fullest backend's link would
+        be measured; what an uneven spread costs is an experiment of its own. 64 of them up to
+        1 MiB, at most 256 MiB in all above, and a few more where the backends do not divide that.
+        """
+        count = max(_FEWEST_KEYS, min(_MOST_KEYS, _HELD // max(size, 1)))
+        names = [site.role for site in self.cluster.topology.backends]
+        room = dict.fromkeys(names, -(-count // len(names)))
+        placement = placement_from(self.cluster.config("fe1"))
+        found = []
+        for number in itertools.count():
+            path = f"/bench/{size}/{number}"
+            home = placement.choose(path[1:]).name
+            if room[home]:
+                room[home] -= 1
+                found.append(path)
+            if not any(room.values()):
+                break
+        return found
+
     def fill(self, sizes: Iterable[int]) -> None:
         """Store objects of these sizes at all systems, then start the rivals.
 
@@ -178,7 +197,7 @@ class Bed:
         placement = placement_from(self.cluster.config("fe1"))
         store = self.dir / "origin"
         for size in sizes:
-            for path in keys(size):
+            for path in self.keys(size):
                 target = store / path[1:]
                 target.parent.mkdir(parents=True, exist_ok=True)
                 body = (_PATTERN * (size // len(_PATTERN) + 1))[:size]
@@ -194,7 +213,7 @@ class Bed:
         for size in sizes:
             config = self.dir / "fill.curl"
             lines = []
-            for path in keys(size):
+            for path in self.keys(size):
                 lines += [
                     f'upload-file = "{root / path[1:]}"',
                     f'url = "http://{self.service}{path}"',
@@ -230,8 +249,11 @@ class Bed:
         account = Account(self.cluster.topology.switch, self._sessions)
         counters = self._counters(system)
         before = account.look()
+        began = time.monotonic()
         sample = drive(self.client, self.url(system, tls=tls), load, seconds, self.dir, seed=seed)
         usage = account.look().since(before)
+        elapsed = time.monotonic() - began
+        uploads = load.method == "PUT"
         moved = {
             name: value - counters.get(name, 0) for name, value in self._counters(system).items()
         }
@@ -241,8 +263,8 @@ class Bed:
             self._frontend(system, usage),
             self._backends(system, usage),
             moved,
-            seconds,
-            _stayed(usage) / seconds if load.method == "PUT" else sample.octets,
+            elapsed if uploads else seconds,
+            _stayed(usage) / elapsed if uploads else sample.octets,
         )
 
     def place(self, path: str) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from prism.errors import PrismError
 
-from .bed import Bed, keys
+from .bed import Bed
 from .load import Load
 from .pairing import figure
 from .results import Result
@@ -95,7 +95,7 @@ def _more(sock: socket.socket) -> bytes:
 def _load(bed: Bed, seconds: float) -> Iterator[None]:
     """Four connections that fetch 1 MiB objects in the background."""
     script = bed.dir / "background.lua"
-    paths = ",".join(json.dumps(path) for path in keys(1 << 20))
+    paths = ",".join(json.dumps(path) for path in bed.keys(1 << 20))
     script.write_text(
         f"local p = {{{paths}}}\nfunction request()\n"
         "  return wrk.format('GET', p[math.random(#p)])\nend\n"
@@ -131,7 +131,7 @@ def first_octet(context: Context) -> Result:
     ):
         for each in (bed, relaying, traced):
             each.fill((SIZE, 1 << 20))
-        path = keys(SIZE)[0]
+        path = bed.keys(SIZE)[0]
         for tls in (False, True):
             kind = "TLS" if tls else "TCP"
             clients = {
@@ -201,9 +201,9 @@ def handoffs(context: Context) -> Result:
     with Bed(2, rivals_wanted=(), rate=None, settings={"frontend.handoff": "always"}) as bed:
         bed.fill((SIZE,))
         for what, load, tls in (
-            ("a new connection for each request, TCP", Load(keys(SIZE), close=True), False),
-            ("kept-alive, random keys, TCP", Load(keys(SIZE)), False),
-            ("kept-alive, random keys, TLS", Load(keys(SIZE)), True),
+            ("a new connection for each request, TCP", Load(bed.keys(SIZE), close=True), False),
+            ("kept-alive, random keys, TCP", Load(bed.keys(SIZE)), False),
+            ("kept-alive, random keys, TLS", Load(bed.keys(SIZE)), True),
         ):
             context.say(what)
             bed.run("prism", load, 1, tls=tls)
@@ -243,7 +243,7 @@ def idle(context: Context) -> Result:
     try:
         with Bed(2, rivals_wanted=(), rate=None, settings=settings) as bed:
             bed.fill((SIZE,))
-            client, paths = Client(bed, "prism", tls=False), keys(SIZE)
+            client, paths = Client(bed, "prism", tls=False), bed.keys(SIZE)
             for path in paths * 20:  # what the processes grow by at first is not the connections'
                 client.once(path)
             before, kernel = _memory(bed), _kernel_memory()

@@ -109,7 +109,7 @@ def drive(
     )
     threads = 1 if load.connections < 2 else 2
     command = ["wrk", f"-t{threads}", f"-c{load.connections}", f"-d{max(1, round(seconds))}s"]
-    command += ["--timeout", "20s", "-s", str(script), url]
+    command += ["--timeout", "60s", "-s", str(script), url]
     try:
         done = namespace.run(command, capture_output=True, text=True, timeout=seconds + _PATIENCE)
     except FileNotFoundError:

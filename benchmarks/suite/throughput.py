@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from .bed import Bed, Measured, keys
+from .bed import Bed, Measured
 from .load import Load
 from .pairing import Figure, figure, ratio, rounds
 from .results import Plot, Result, size_name
@@ -52,13 +52,9 @@ class Context:
         return QUICK_SIZES if self.quick else SIZES
 
 
-def connections(size: int, method: str = "GET") -> int:
-    """64, fewer for large objects: on one link each would take a minute otherwise.
-
-    Fewer still for uploads, of which wrk counts only whole ones.
-    """
-    most = (16 if method == "PUT" else 64) << 20
-    return max(4 if method == "PUT" else 8, min(64, most // size))
+def connections(size: int) -> int:
+    """64, and half as many for large objects, of which too few would be whole at the end."""
+    return 64 if size <= MIB else 32
 
 
 def _mb(run: Measured) -> float:
@@ -127,9 +123,9 @@ def _sweep(context: Context, name: str, title: str, method: str) -> Result:
             points = []
             for size in context.sizes:
                 what = f"{method} {size_name(size)} {'TLS' if tls else 'TCP'}"
-                paths = keys(size)
+                paths = bed.keys(size)
                 body = size if method == "PUT" else 0
-                load = Load(paths, method, body, connections=connections(size, method))
+                load = Load(paths, method, body, connections=connections(size))
                 among = systems if tls or method == "PUT" else (*systems, "direct")
                 points.append(
                     (
@@ -149,7 +145,7 @@ def _sweep(context: Context, name: str, title: str, method: str) -> Result:
             )
     result.notes += [
         "4 backends and one frontend, each link 200 Mbit/s, wrk with 64 kept-alive connections "
-        "(16 for 4 MiB, 8 for 16 MiB; of PUT 16, 4, 4 from 1 MiB on) and random keys.",
+        "(32 above 1 MiB) and random keys, as many at each backend.",
         "Medians of the rounds (least-greatest).",
         f"The links together carry {limit:.0f} MB/s of frames, about 0.96 of it HTTP.",
         "nginx and HAProxy relay to nginx file servers; Prism serves from its own stores and hands "
@@ -180,7 +176,7 @@ def small(context: Context) -> Result:
                 bed,
                 what,
                 ("prism", "nginx-store", "nginx"),
-                Load(keys(KIB)),
+                Load(bed.keys(KIB)),
                 tls=tls,
                 result=result,
             )
@@ -196,7 +192,7 @@ def scaling(context: Context) -> Result:
         with Bed(backends) as bed:
             bed.fill((MIB,))
             what = f"{backends} backend{'s' * (backends > 1)}"
-            load = Load(keys(MIB))
+            load = Load(bed.keys(MIB))
             points.append(
                 (
                     str(backends),
@@ -224,7 +220,7 @@ def skew(context: Context) -> Result:
     for placement in ("partitioned", "replicated"):
         with Bed(4, rivals_wanted=("nginx-store",), placement=placement, replicas=4) as bed:
             bed.fill((MIB,))
-            paths = keys(MIB)
+            paths = bed.keys(MIB)
             hot = [path for path in paths if bed.place(path) == "be1"] or paths[:1]
             for name, drawn in (("uniform", paths), ("Zipf 0.99", zipf(paths)), ("one", hot)):
                 what = f"{placement}, {name}"
@@ -249,7 +245,7 @@ def cost(context: Context) -> Result:
                 bed,
                 f"GET 1 MiB {'TLS' if tls else 'TCP'}",
                 ("prism", "nginx", "haproxy"),
-                Load(keys(MIB)),
+                Load(bed.keys(MIB)),
                 tls=tls,
                 result=result,
             )
@@ -271,7 +267,7 @@ def mixed(context: Context) -> Result:
             bed = Bed(4, rivals_wanted=("nginx",), settings={"frontend.handoff": mode})
             beds[mode] = bed.__enter__()
             bed.fill((KIB, 4 * MIB))
-        small, large = keys(KIB), keys(4 * MIB)
+        small, large = beds["adaptive"].keys(KIB), beds["adaptive"].keys(4 * MIB)
         load = Load([*small, *(large * (len(small) // len(large)))])
         context.say("mixed sizes: " + ", ".join(modes))
         for bed in beds.values():

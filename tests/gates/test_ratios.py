@@ -17,7 +17,7 @@ import bench_tls_record
 import pytest
 from bench_tcp_repair import Connections
 from pytest_benchmark.fixture import BenchmarkFixture
-from suite.bed import Bed, Measured, keys
+from suite.bed import Bed, Measured
 from suite.load import Load
 from suite.pairing import ratio, rounds
 
@@ -192,7 +192,7 @@ def test_throughput_against_nginx() -> None:
     """1 MiB objects of three backends, each on a link of 200 Mbit/s: the limit is 3."""
     with Bed(3) as bed:
         bed.fill((1 << 20,))
-        load = Load(keys(1 << 20), connections=32)
+        load = Load(bed.keys(1 << 20), connections=32)
         for system in ("prism", "nginx"):
             bed.run(system, load, 2)
         found = rounds(
