@@ -18,12 +18,12 @@ import shutil
 import statistics
 import sys
 import tempfile
-import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from naming import lab_name
 from suite.load import Load, Sample, drive
 
 from prism.lab.cluster import Cluster
@@ -88,7 +88,7 @@ class Lab:
 @contextlib.contextmanager
 def labs(rate: str | None, backends: int) -> Iterator[dict[str, Lab]]:
     """A lab for each mode."""
-    directory = Path(tempfile.mkdtemp(prefix="prism-bench-", dir="/dev/shm"))
+    directory = Path(tempfile.mkdtemp(prefix=f"prism-{lab_name()}-", dir="/dev/shm"))
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
         made = {}
@@ -96,7 +96,7 @@ def labs(rate: str | None, backends: int) -> Iterator[dict[str, Lab]]:
             own = directory / mode
             own.mkdir()
             cluster = Cluster(
-                f"bench-{uuid.uuid4().hex[:6]}",
+                lab_name(),
                 backends=backends,
                 rate=rate,
                 trace=False,

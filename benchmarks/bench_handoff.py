@@ -16,11 +16,11 @@ import os
 import socket
 import statistics
 import time
-import uuid
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from naming import lab_name
 from pytest_benchmark.fixture import BenchmarkFixture
 from suite.trace import stages, steps_in
 
@@ -74,7 +74,7 @@ def _request(method: str, key: str, fields: str = "") -> bytes:
 
 @contextlib.contextmanager
 def _service(**options: Any) -> Iterator[Service]:
-    cluster = Cluster(f"bench-{uuid.uuid4().hex[:6]}", backends=2, **options)
+    cluster = Cluster(lab_name(), backends=2, **options)
     try:
         with cluster:
             yield Service(cluster)
@@ -109,7 +109,7 @@ def traced() -> Iterator[Service]:
 @pytest.fixture
 def pair() -> Iterator[tuple[Namespace, socket.socket]]:
     """A namespace with two addresses, and the server's end of a connection to the first."""
-    namespace = Namespace.create(f"bench-{uuid.uuid4().hex[:6]}")
+    namespace = Namespace.create(lab_name())
     try:
         for host in ("10.99.0.1/32", "10.99.0.2/32", "10.99.0.3/32"):
             namespace.add_address("lo", host)

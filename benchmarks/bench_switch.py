@@ -21,9 +21,10 @@ import struct
 import subprocess
 import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from naming import lab_name
 
 from prism._ext import control as _control
 from prism.flow import Endpoint, Flow, pack_address
@@ -43,7 +44,7 @@ RUNS = 200_000
 @contextlib.contextmanager
 def bed(rules: int) -> Iterator[tuple[EbpfSwitch, Namespace]]:
     """A switch with one node beside it."""
-    tag = f"bench-{uuid.uuid4().hex[:6]}"
+    tag = lab_name()
     with contextlib.ExitStack() as stack:
         pins = stack.enter_context(tempfile.TemporaryDirectory())
         subprocess.run(["mount", "-t", "bpf", "bpf", pins], check=True)

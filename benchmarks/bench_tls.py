@@ -19,12 +19,12 @@ import ssl
 import statistics
 import subprocess
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from naming import lab_name
 
 from prism.lab.cluster import Cluster
 from prism.lab.netns import Namespace
@@ -58,7 +58,7 @@ http {{
 
 @contextlib.contextmanager
 def _cluster(**options: Any) -> Iterator[Cluster]:
-    cluster = Cluster(f"bench-{uuid.uuid4().hex[:6]}", backends=2, **options)
+    cluster = Cluster(lab_name(), backends=2, **options)
     try:
         with cluster:
             yield cluster

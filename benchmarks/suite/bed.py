@@ -8,12 +8,13 @@ import os
 import shutil
 import tempfile
 import time
-import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+from naming import lab_name
 
 from prism.lab.cluster import Cluster
 from prism.lab.netns import Namespace
@@ -88,10 +89,11 @@ class Bed:
     ) -> None:
         self.rivals = tuple(rivals_wanted)
         # In memory, so that no disk is measured; on both sides alike.
-        self.dir = Path(tempfile.mkdtemp(prefix="prism-bench-", dir="/dev/shm"))
+        name = lab_name()
+        self.dir = Path(tempfile.mkdtemp(prefix=f"prism-{name}-", dir="/dev/shm"))
         options.setdefault("trace", False)
         self.cluster = Cluster(
-            f"bench-{uuid.uuid4().hex[:6]}",
+            name,
             backends=backends,
             rate=rate,
             tls=True,
