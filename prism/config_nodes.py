@@ -152,6 +152,13 @@ class FrontendConfig(_Serving):
     connect_timeout: Seconds = Field(
         3.0, description="Seconds to connect to a backend when relaying; then 502 or another one."
     )
+    handoff_after: int = Field(
+        16,
+        ge=0,
+        le=1_000_000,
+        description="With `adaptive`: relayed requests after which a connection is handed over, "
+        "however small the next one is; 0: never.",
+    )
 
 
 class BackendConfig(AppKeys, _Serving, _Replica):

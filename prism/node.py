@@ -114,7 +114,9 @@ class Node(Embedded):
             self.replicas = Replicas(config, placement, identity, serving.name)
         self.route = route
         self.policy = Policy(config.policy, route)
-        self.weigher = Weigher(serving, self.channel, self.metrics)
+        self.weigher = Weigher(
+            serving, self.channel, self.metrics, self.peers.loads, lambda: self.owned
+        )
         self.reconciler = Reconciler(self)
         self.relay = Relay(
             connect_timeout=getattr(serving, "connect_timeout", 3.0), forwarding="origin"

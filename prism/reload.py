@@ -39,6 +39,7 @@ _SERVING = frozenset(
         "drain_timeout",
         "handoff",
         "handoff_threshold",
+        "handoff_after",
         "relay",
     )
 )

@@ -8,6 +8,7 @@ that are bounded in size and number.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from time import monotonic_ns
 from typing import Any, Final, Literal
 
@@ -16,6 +17,7 @@ from prism.config import BackendConfig, FrontendConfig
 from prism.handoff.channel import Channel
 from prism.http.connection import Connection
 from prism.http.exchange import Exchange
+from prism.loads import Loads
 from prism.policy.decision import Action
 from prism.pools import Pool
 from prism.telemetry.metrics import Metrics
@@ -25,6 +27,8 @@ __all__ = ["Weigher"]
 PAUSE: Final = 1.0  # seconds between two reports
 _ENTRIES = 42  # of one report: what fits MAX_REPORT
 _REPORTS = 8  # at a time; what was learned beyond that is not told
+_CROWD = 1.25  # times as many connections as another node has: one's own link is the narrow one
+_FEW = 4  # connections by which nodes may differ anyway
 
 
 class Weigher:
@@ -35,9 +39,27 @@ class Weigher:
     """
 
     def __init__(
-        self, serving: FrontendConfig | BackendConfig, channel: Channel, metrics: Metrics
+        self,
+        serving: FrontendConfig | BackendConfig,
+        channel: Channel,
+        metrics: Metrics,
+        loads: Loads,
+        owned: Callable[[], int],
     ) -> None:
+        """Prepare.
+
+        Args:
+            serving: the node's settings.
+            channel: to the other nodes.
+            metrics: to count choices in.
+            loads: how many connections the others have.
+            owned: how many this node has.
+        """
         self._channel = channel
+        self._loads = loads
+        self._owned = owned
+        self._name = serving.name
+        self._after = 0
         self._metrics = metrics
         self._unsaid: dict[int, Learned] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -50,6 +72,7 @@ class Weigher:
     def use(self, serving: FrontendConfig | BackendConfig) -> None:
         """Go by these settings from now on."""
         self._mode = serving.handoff
+        self._after = serving.handoff_after if isinstance(serving, FrontendConfig) else 0
         if isinstance(serving, FrontendConfig) and not serving.relay and self._mode == "adaptive":
             self._mode = "always"  # nothing is relayed by choice where nothing may be relayed
         if serving.handoff_threshold != self._threshold:
@@ -79,8 +102,25 @@ class Weigher:
         # Where every node may serve every request, the next ones cost nothing any more.
         stays = connection.requests > 0 and (not pool.placement.keyed or len(pool.names) == 1)
         pays, reason = self.adaptive.weigh(head, connection.decision.rule, stays=stays)
+        if not pays and (moving := self._why_move(connection, pool)):
+            pays, reason = True, moving
         choices.add("handoff" if pays else "relay", reason)
         return "" if pays else reason
+
+    def _why_move(self, connection: Connection, pool: Pool) -> str:
+        """Why a connection should move although its request does not pay; empty: it should not.
+
+        A frontend has relayed so much for it that one handoff would have cost as much, and spares
+        it all that is to come. Among backends, who has most connections relays most, and its link
+        holds up all of them, which would keep them there.
+        """
+        if self._after:
+            return "frequent" if connection.requests >= self._after else ""
+        own, place = pool.node(self._name), connection.place
+        if own is None or place is None:
+            return ""
+        theirs = self._loads.of(place.name) / place.weight
+        return "crowded" if self._owned() / own.weight > _CROWD * theirs + _FEW else ""
 
     def handed_over(self, connection: Connection) -> None:
         """A handoff has just succeeded."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -94,6 +95,41 @@ def test_the_same_over_tls(shared: Bed) -> None:
             assert answer.node == f"{node}/0"
     assert shared.switch("handoffs") - handoffs == 2
     assert (choices(shared, "fe1") - before)["handoff large-key"] == 1
+
+
+def test_who_asks_often_is_handed_over(shared: Bed) -> None:
+    """After 16 small requests the frontend is rid of a connection, which goes on as before."""
+    path, other = shared.key("be1", "often"), shared.key("be2", "often")
+    data = {one: shared.store(one, KIB) for one in (path, other)}
+    before, handoffs = choices(shared, "fe1"), shared.switch("handoffs")
+    with shared.client.open() as conn:
+        for turn in range(40):
+            asked = other if turn % 4 == 3 else path
+            answer = conn.request("GET", asked)
+            assert (answer.status, answer.sha256) == (200, digest(data[asked]))
+    moved = choices(shared, "fe1") - before
+    assert moved == {"relay small-key": 16, "handoff frequent": 1}
+    assert shared.switch("handoffs") - handoffs == 1
+
+
+def test_a_crowd_at_one_backend_is_spread(shared: Bed) -> None:
+    """Many connections that uploads have brought to one backend, and now want small objects."""
+    large = shared.key("be1", "crowd")
+    body = payload(large, 64 * KIB)
+    small = {node: shared.key(node, "crowd-small") for node in ("be2", "be3")}
+    data = {path: shared.store(path, KIB) for path in small.values()}
+    with contextlib.ExitStack() as stack:
+        conns = [stack.enter_context(shared.client.open()) for _ in range(30)]
+        for conn in conns:
+            assert conn.request("PUT", large, body).status in (201, 204)
+        assert wait_for(lambda: shared.cluster.statuses("be2")[0]["loads"].get("be1", 0) >= 30)
+        for turn in range(6):
+            for number, conn in enumerate(conns):
+                path = small[("be2", "be3")[(turn + number) % 2]]
+                assert conn.request("GET", path).sha256 == digest(data[path])
+        assert choices(shared, "be1")["handoff crowded"] >= 10
+        counts = [shared.cluster.statuses(node)[0]["rules_owned"] for node in ("be1", "be2", "be3")]
+    assert max(counts) <= 1.25 * min(counts) + 5, counts
 
 
 def test_what_is_chosen_shows_in_the_status(shared: Bed) -> None:
