@@ -288,8 +288,6 @@ class Connection:
         self._exchange = exchange
         try:
             self.stream.consume(head.length)
-            if head.has_body or head.upgrade is not None:
-                self.stream.widen()
             rest = app.handle(exchange)
         except HttpError as error:
             rest = self._failed(exchange, error)

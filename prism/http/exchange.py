@@ -120,6 +120,8 @@ class Exchange:
         self.head = head
         self.stream = stream
         self.origin = origin
+        if head.has_body or head.upgrade is not None:
+            stream.widen()
         self.body = RequestBody(stream, head, timeout)
         self.timeout = timeout
         self.keep_alive = head.keep_alive

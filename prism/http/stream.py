@@ -115,7 +115,10 @@ class PlainStream:
     def widen(self) -> None:
         """Undoes :meth:`narrow`."""
         if self._clamp:
-            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, self._clamp)
+            try:
+                self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, self._clamp)
+            except OSError:
+                pass  # lost, as whoever reads next will see
             self._clamp = 0
 
     def export_tls(self) -> bytes:

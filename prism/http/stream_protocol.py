@@ -127,11 +127,7 @@ class Stream(Protocol):
         ...
 
     def widen(self) -> None:
-        """Undoes :meth:`narrow`: more than a request's head is going to be received.
-
-        Raises:
-            OSError: the connection is lost.
-        """
+        """Undoes :meth:`narrow`: more than a request's head is going to be received."""
         ...
 
     def export_tls(self) -> bytes:
