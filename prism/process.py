@@ -39,9 +39,9 @@ _on_reload: list[Callable[[], None]] = []
 _SETTLED = 2.0  # seconds after which a worker counts as started
 _BACK_OFF = (0.1, 5.0)  # first and longest pause before a dead worker is started again, seconds
 _LAST_WORD = 2.0  # seconds from cancellation, or SIGTERM's end of patience, to the hard end
-# Objects made and not given up between two looks for cycles of garbage. Requests leave none, and
-# handoffs some; Python's own 700 costs up to a tenth of the processor time of a relay.
-GARBAGE = 2_000
+# Objects made and not given up between two looks for cycles of garbage. Neither requests nor
+# handoffs leave any, and a look costs: with Python's own 700 up to a tenth of a relay's time.
+GARBAGE = 50_000
 _FINISHED = 77  # exit code of a worker that nobody has asked to stop
 _libc = ctypes.CDLL(None, use_errno=True)
 _log = logging.getLogger(__name__)

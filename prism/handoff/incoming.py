@@ -63,7 +63,7 @@ class Taker(Protocol):
         """The machine is done."""
 
 
-class Incoming:
+class Incoming(Runner[Target]):
     """One connection on its way here.
 
     Attributes:
@@ -80,7 +80,6 @@ class Incoming:
         "_imported",
         "_next_port",
         "_reply",
-        "_runner",
         "_sock",
         "_taker",
         "_text",
@@ -100,6 +99,7 @@ class Incoming:
         Raises:
             ProtocolError: the offer's flow is none.
         """
+        super().__init__(Target())
         self.offer = offer
         self.flow = Flow.unpack(offer.flow)
         self.gen = offer.gen
@@ -114,17 +114,18 @@ class Incoming:
         self._imported: tcp_repair.Imported | None = None
         self._sock: socket.socket | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._runner = Runner(Target(), self._execute, self._violation)
 
     def start(self) -> None:
         """Take it over, if all goes well."""
         self._mark("received")
-        self._runner.post(Event.OFFER)
+        self.post(Event.OFFER)
 
-    def _execute(self, command: Command) -> None:
+    def execute(self, command: Command) -> None:
+        """As :meth:`Runner.execute`."""
         _COMMANDS[command](self)
 
-    def _violation(self, error: ProtocolError) -> None:
+    def violation(self, error: ProtocolError) -> None:
+        """As :meth:`Runner.violation`."""
         log.error("%s: %s", self.flow, error)
 
     def _mark(self, step: str) -> None:
@@ -160,12 +161,12 @@ class Incoming:
             return
         self.local = Endpoint(*self._imported.local)
         self._mark("import")
-        self._runner.post(Event.IMPORTED)
+        self.post(Event.IMPORTED)
 
     def _fail(self, text: str) -> None:
         self._text = text
         log.info("%s cannot be taken over: %s", self.flow, text)
-        self._runner.post(Event.IMPORT_FAILED)
+        self.post(Event.IMPORT_FAILED)
 
     def _activate(self) -> None:
         imported, self._imported = self._imported, None
@@ -176,13 +177,13 @@ class Incoming:
         except OSError as error:
             log.warning("%s was taken over and lost: %s", self.flow, error)
             self._text = str(error)
-            self._runner.post(Event.ACTIVATE_FAILED)
+            self.post(Event.ACTIVATE_FAILED)
             return
         # With all that is known about it, or Python would ask the kernel again.
         family = self.local.family
         self._sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, fd)
         self._mark("activate")
-        self._runner.post(Event.ACTIVATED)
+        self.post(Event.ACTIVATED)
 
     def _serve(self) -> None:
         sock, self._sock = self._sock, None
@@ -217,19 +218,19 @@ class Incoming:
 
     def _on_switch(self, reply: Message | None) -> None:
         if reply is None:
-            self._runner.post(Event.NO_ANSWER)
+            self.post(Event.NO_ANSWER)
             return
         if reply.status == Status.OK:
             self.gen = reply.gen
         else:
             self._text = f"the switch answers {Status(reply.status).name}"
         self._mark("chown")
-        self._runner.post(SWITCH_EVENTS[reply.status])
+        self.post(SWITCH_EVENTS[reply.status])
 
     def _arm_retry(self) -> None:
         loop = asyncio.get_running_loop()
-        delay = self._runner.machine.retry_delay
-        self._timer = loop.call_later(delay, self._runner.post, Event.RETRY_DUE)
+        delay = self.machine.retry_delay
+        self._timer = loop.call_later(delay, self.post, Event.RETRY_DUE)
 
     # -- the other node --------------------------------------------------------------------
 
@@ -237,7 +238,7 @@ class Incoming:
         self._reply(Taken())
 
     def _send_refused(self) -> None:
-        cause = self._runner.machine.why
+        cause = self.machine.why
         reason = Reason.IMPORT_FAILED if cause is Event.IMPORT_FAILED else Reason.SWITCH
         self._reply(Refused(reason, self._text))
 

@@ -12,7 +12,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from time import monotonic_ns
-from typing import Protocol, cast
+from typing import Protocol
 
 from prism._ext import tcp_repair
 from prism._ext.tls_record import TlsError
@@ -60,10 +60,11 @@ class Reporter(Protocol):
         """The machine is done."""
 
 
-class Outgoing:
+class Outgoing(Runner[Source]):
     """One connection on its way to another node.
 
     Attributes:
+        machine: for its state and the first event that led off the good path.
         steps: nanoseconds from the request's arrival to the end of each step, in order; only
             filled where the node traces.
     """
@@ -74,7 +75,6 @@ class Outgoing:
         "_gen",
         "_link",
         "_reporter",
-        "_runner",
         "_state",
         "_timer",
         "_tls",
@@ -86,6 +86,7 @@ class Outgoing:
     def __init__(
         self, reporter: Reporter, connection: Connection, link: Way, target: str, cookie: int
     ) -> None:
+        super().__init__(Source())
         self.connection = connection
         self.target = target
         self.steps: dict[str, int] = {}
@@ -97,18 +98,11 @@ class Outgoing:
         self._tls = b""
         self._answer: str = ""
         self._timer: asyncio.TimerHandle | None = None
-        self._runner = Runner(Source(), self._execute, self._violation)
 
     @property
     def gen(self) -> int:
         """The rule's generation, as far as the switch has told."""
         return self._gen
-
-    @property
-    def machine(self) -> Source:
-        """The machine; for its state and the first event that led off the good path."""
-        machine = self._runner.machine
-        return cast(Source, machine)
 
     @property
     def why(self) -> str:
@@ -119,7 +113,7 @@ class Outgoing:
     def start(self) -> None:
         """Hand over, beginning with the lock."""
         self.connection.detach()
-        self._runner.post(Event.START_RULE if self.connection.gen else Event.START_NEW)
+        self.post(Event.START_RULE if self.connection.gen else Event.START_NEW)
 
     def superseded(self, gen: int) -> None:
         """The connection is offered back under ``gen``: a later one proves that it was taken.
@@ -129,12 +123,14 @@ class Outgoing:
         """
         waiting = (SourceState.OFFERED, SourceState.TAKING_BACK)
         if gen > self._gen and self.machine.state in waiting:
-            self._runner.post(Event.TAKEN)
+            self.post(Event.TAKEN)
 
-    def _execute(self, command: Command) -> None:
+    def execute(self, command: Command) -> None:
+        """As :meth:`Runner.execute`."""
         _COMMANDS[command](self)
 
-    def _violation(self, error: ProtocolError) -> None:
+    def violation(self, error: ProtocolError) -> None:
+        """As :meth:`Runner.violation`."""
         log.error("%s: %s", self.connection.flow, error)
 
     def _mark(self, step: str) -> None:
@@ -168,19 +164,19 @@ class Outgoing:
 
     def _on_switch(self, reply: Message | None) -> None:
         if reply is None:
-            self._runner.post(Event.NO_ANSWER)
+            self.post(Event.NO_ANSWER)
             return
         if reply.status == Status.OK:
             # What another owner has made of the rule is not ours to act on: only an OK tells
             # a generation to go on with.
             self._gen = reply.gen
         self._mark(reply.op.name.lower() if isinstance(reply.op, Op) else "switch")
-        self._runner.post(SWITCH_EVENTS[reply.status])
+        self.post(SWITCH_EVENTS[reply.status])
 
     def _arm_retry(self) -> None:
         loop = asyncio.get_running_loop()
-        delay = self._runner.machine.retry_delay
-        self._timer = loop.call_later(delay, self._runner.post, Event.RETRY_DUE)
+        delay = self.machine.retry_delay
+        self._timer = loop.call_later(delay, self.post, Event.RETRY_DUE)
 
     # -- the socket ------------------------------------------------------------------------
 
@@ -191,10 +187,10 @@ class Outgoing:
             self._tls = self.connection.stream.export_tls()
         except (OSError, TlsError) as error:
             log.info("%s cannot be exported: %s", self.connection.flow, error)
-            self._runner.post(Event.EXPORT_FAILED)
+            self.post(Event.EXPORT_FAILED)
             return
         self._mark("export")
-        self._runner.post(Event.EXPORTED)
+        self.post(Event.EXPORTED)
 
     def _resume(self) -> None:
         self._state = self._tls = b""
@@ -255,7 +251,7 @@ class Outgoing:
             if answer.text:
                 log.info("%s refuses %s: %s", self.target, self.connection.flow, answer.text)
         self._mark("answer")
-        self._runner.post(answer_event(answer))
+        self.post(answer_event(answer))
 
     # -- the end ---------------------------------------------------------------------------
 

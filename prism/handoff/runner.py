@@ -2,38 +2,44 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
+from abc import abstractmethod
+from typing import Generic, TypeVar
 
 from prism.errors import ProtocolError
 from prism.handoff.machine import Command, Event, Machine
 
 __all__ = ["Runner"]
 
+M = TypeVar("M", bound=Machine)
 
-class Runner:
+
+class Runner(Generic[M]):
     """Drives a machine: events in, commands carried out, also when one answers inside the other.
 
     A switch that answers at once feeds its answer while the command that asked is still running.
     Such an event waits until the commands before it are done, so the order of the table holds.
 
-    ``execute(command)`` must not raise: what fails is an event. ``violation(error)`` is told of
-    events that the machine does not take (rule 13).
+    To be derived from: a runner that kept its commands' methods would be a cycle of references,
+    one for each handoff, for the garbage collector to find.
+
+    Attributes:
+        machine: what is driven.
     """
 
-    __slots__ = ("_busy", "_execute", "_violation", "_waiting", "machine")
+    __slots__ = ("_busy", "_waiting", "machine")
 
-    def __init__(
-        self,
-        machine: Machine,
-        execute: Callable[[Command], None],
-        violation: Callable[[ProtocolError], None],
-    ) -> None:
+    def __init__(self, machine: M) -> None:
         self.machine = machine
-        self._execute = execute
-        self._violation = violation
-        self._waiting: deque[Event] = deque()
+        self._waiting: list[Event] = []
         self._busy = False
+
+    @abstractmethod
+    def execute(self, command: Command) -> None:
+        """Carry a command out. It must not raise: what fails is an event."""
+
+    @abstractmethod
+    def violation(self, error: ProtocolError) -> None:
+        """Hear of an event that the machine does not take (rule 13)."""
 
     def post(self, event: Event) -> None:
         """Feed one event and carry out what follows."""
@@ -41,18 +47,17 @@ class Runner:
             self._waiting.append(event)
             return
         self._busy = True
-        execute = self._execute
         try:
             while True:
                 try:
                     commands = self.machine.feed(event)
                 except ProtocolError as error:
-                    self._violation(error)
+                    self.violation(error)
                 else:
                     for command in commands:
-                        execute(command)
+                        self.execute(command)
                 if not self._waiting:
                     return
-                event = self._waiting.popleft()
+                event = self._waiting.pop(0)
         finally:
             self._busy = False

@@ -330,14 +330,13 @@ class World:
             assert copies[0].version == self.version
 
 
-class _Handoff:
-    runner: Runner
-
+class _Handoff(Runner[Machine]):
     def __init__(self, world: World, node: Node, machine: Machine, copy: Copy | None) -> None:
+        super().__init__(machine)
         self.world, self.node, self.copy = world, node, copy
         self.gen = 0
         self.cookie = next(_COOKIES)
-        self.runner = Runner(machine, self.execute, self.violation)
+        self.runner = self
         world.handoffs.append(self)
 
     def violation(self, error: ProtocolError) -> None:
@@ -351,7 +350,7 @@ class _Handoff:
 
     def post(self, event: Event) -> None:
         if self.node.alive:
-            self.runner.post(event)
+            super().post(event)
 
     def submit(self, op: Op, **fields: int) -> None:
         port = self.copy.port if self.copy else 0

@@ -406,24 +406,35 @@ def test_a_page_without_markers_is_refused():
 # The runner
 
 
-def test_a_command_that_answers_at_once_does_not_overtake_the_commands_before_it():
-    done: list[str] = []
+class Listing(Runner[Source]):
+    """Writes down what it is told; CHOWN is answered at once."""
 
-    def execute(command: Command) -> None:
+    def __init__(self, machine: Source) -> None:
+        super().__init__(machine)
+        self.done: list[str] = []
+        self.errors: list[ProtocolError] = []
+
+    def execute(self, command: Command) -> None:
         if command is Command.SWITCH_CHOWN:
-            runner.post(Event.OK)
-        done.append(command.name)
+            self.post(Event.OK)
+        self.done.append(command.name)
 
+    def violation(self, error: ProtocolError) -> None:
+        self.errors.append(error)
+
+
+def test_a_command_that_answers_at_once_does_not_overtake_the_commands_before_it():
     machine = offered("START_RULE")
-    runner = Runner(machine, execute, violation=lambda error: pytest.fail(str(error)))
+    runner = Listing(machine)
     runner.post(Event.REFUSED)
-    assert done == ["SWITCH_CHOWN", "RESUME", "SERVE_HERE", "DONE"]
+    assert not runner.errors
+    assert runner.done == ["SWITCH_CHOWN", "RESUME", "SERVE_HERE", "DONE"]
     assert machine.state is SourceState.KEPT_WITH_RULE
 
 
 def test_an_event_out_of_place_is_reported_and_changes_nothing():
-    errors: list[ProtocolError] = []
-    runner = Runner(Source(), lambda command: pytest.fail("no command"), errors.append)
+    runner = Listing(Source())
     runner.post(Event.TAKEN)
-    assert str(errors[0]) == "a handoff source in state IDLE cannot take TAKEN"
+    assert not runner.done
+    assert str(runner.errors[0]) == "a handoff source in state IDLE cannot take TAKEN"
     assert runner.machine.state is SourceState.IDLE
