@@ -9,7 +9,9 @@ is repeated until the switch answers, and bounded.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from prism.errors import SwitchError
@@ -26,6 +28,9 @@ log = logging.getLogger(__name__)
 
 PAUSE = 0.5  # seconds between two rounds
 MAX_FLOWS = 65536  # flows waiting to be looked at; what is beyond is left to the lease
+PROVOCATIONS = 2  # of each client: a stray segment may be lost, or be one too many to be answered
+ANSWER_TIME = 0.6  # seconds for the answer; Linux answers one a half second (tcp_invalid_ratelimit)
+_BATCH = 256  # stray segments, and then a moment for other work
 
 
 class Reconciler:
@@ -84,51 +89,69 @@ class Reconciler:
                 log.debug("cannot list this node's rules yet: %s", error)
                 await asyncio.sleep(PAUSE)
         dead = [rule for rule in rules if not self._node.alive(rule.flow, rule.gen)]
-        if not dead:
-            return
-        try:
-            provoker: Provoker | None = Provoker()
-        except SwitchError as error:
-            log.warning("clients of an earlier life are not told of its end: %s", error)
-            provoker = None
-        for rule in dead:
-            await self._bury(rule, provoker)
-        if provoker is not None:
-            provoker.close()
-        log.info("removed %d rules of an earlier life", len(dead))
+        if dead:
+            await self._bury(dead)
+            log.info("removed %d rules of an earlier life", len(dead))
 
-    async def _bury(self, rule: Message, provoker: Provoker | None) -> None:
-        """Remove a rule of an earlier life, and make its client ask after the connection.
+    async def _bury(self, rules: Sequence[Message]) -> None:
+        """Remove rules without a connection, and make their clients ask after the connections.
 
         The kernel ends the connections of a process that dies, but not those that were in repair
         mode, on their way from one node to another: their clients would wait for ever.
+
+        The rules stay while the answers come: they lead to this host, whose kernel resets what it
+        does not know, and only an owner's reset gets through. With its rule removed in between it
+        would be dropped as a former owner's. Later answers go to the frontends, who reset as well.
         """
-        switch, gen = self._node.switch, rule.gen
-        if rule.locked:  # nothing would get through
-            reply = await switch.request(Op.CHOWN, rule.flow, gen=gen, endpoint=rule.owner_endpoint)
-            if reply is not None and reply.status == Status.OK:
-                gen = reply.gen
-        if provoker is not None:
-            # As the owner, whose packets the switch makes the service's. What the client answers
-            # is reset here, or by a frontend when the rule is gone by then.
-            client = Flow.unpack(rule.flow).client
-            provoker.provoke(Flow(client, rule.owner_endpoint).pack())
-        reply = await switch.request(Op.DELETE, rule.flow, gen=gen)
-        if not _settles(reply):  # not answered, or changed by a request whose answer was lost
-            self.check(rule.flow)
+        graves = [(rule, await self._unlock(rule)) for rule in rules]
+        try:
+            provoker = Provoker()
+        except SwitchError as error:
+            log.warning("clients of lost connections are not told of their end: %s", error)
+        else:
+            with contextlib.closing(provoker):
+                for _ in range(PROVOCATIONS):
+                    await self._provoke(provoker, rules)
+                    await asyncio.sleep(ANSWER_TIME)
+        for rule, gen in graves:
+            reply = await self._node.switch.request(Op.DELETE, rule.flow, gen=gen)
+            if not _settles(reply):  # not answered, or the flow is in use again
+                self.check(rule.flow)
+
+    async def _unlock(self, rule: Message) -> int:
+        """Let a rule's packets through, for a locked one swallows them; its generation then."""
+        while rule.locked:
+            reply = await self._node.switch.request(
+                Op.CHOWN, rule.flow, gen=rule.gen, endpoint=rule.owner_endpoint
+            )
+            if reply is not None:
+                return reply.gen if reply.status == Status.OK else rule.gen
+            await asyncio.sleep(PAUSE)
+        return rule.gen
+
+    @staticmethod
+    async def _provoke(provoker: Provoker, rules: Sequence[Message]) -> None:
+        """Send each client a segment as the owner, whose packets the switch makes the service's."""
+        for count, rule in enumerate(rules, 1):
+            provoker.provoke(Flow(Flow.unpack(rule.flow).client, rule.owner_endpoint).pack())
+            if count % _BATCH == 0:
+                await asyncio.sleep(0.001)
 
     async def _check_all(self) -> None:
         try:
             while self._flows:
+                orphans: list[Message] = []
                 for flow in list(self._flows):
-                    if await self._check_one(flow):
+                    if await self._check_one(flow, orphans):
                         self._flows.discard(flow)
+                if orphans:
+                    await self._bury(orphans)
                 await asyncio.sleep(PAUSE)
         finally:
             self._checking = False
 
-    async def _check_one(self, flow: bytes) -> bool:
-        """Whether this flow needs no further look."""
+    async def _check_one(self, flow: bytes, orphans: list[Message]) -> bool:
+        """Whether this flow needs no further look; its rule may have to be buried."""
         node = self._node
         if node.in_transit(flow):
             return False
@@ -147,18 +170,15 @@ class Reconciler:
                 connection.close(abort=True)
             return True
         if connection is None:
-            return await self._delete(rule)
+            orphans.append(rule)
+            return True
         reply = await node.switch.request(Op.CHOWN, flow, gen=rule.gen, endpoint=connection.local)
         if reply is None or reply.status != Status.OK:
             return False
         if node.keeps_rules:
             node.rule_changed(connection, reply.gen)
             return True
-        return await self._delete(reply)
-
-    async def _delete(self, rule: Message) -> bool:
-        """Whether the rule is gone; where it has changed meanwhile it is looked at again."""
-        return _settles(await self._node.switch.request(Op.DELETE, rule.flow, gen=rule.gen))
+        return _settles(await node.switch.request(Op.DELETE, flow, gen=reply.gen))
 
 
 def _settles(reply: Message | None) -> bool:

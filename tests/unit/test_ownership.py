@@ -52,7 +52,9 @@ class Table:
     def _apply(self, op: int, gen: int) -> Any:
         self.asked.append(op)
         status = Status.OK if self.gen else Status.NOENT
-        if self.gen and op in (Op.CHOWN, Op.DELETE) and gen != self.gen:
+        if op == Op.CHOWN and gen + 1 == self.gen:
+            pass  # done before: a repetition
+        elif self.gen and op in (Op.CHOWN, Op.DELETE) and gen != self.gen:
             status = Status.STALE
         elif self.gen and op == Op.CHOWN:
             self.gen, self.locked = self.gen + 1, False
@@ -114,6 +116,7 @@ async def test_leftovers_go_whatever_is_lost(
     """An unlocking whose answer is lost has changed the generation: the removal comes too late."""
     monkeypatch.setattr(reconcile, "Provoker", Silent)
     monkeypatch.setattr(reconcile, "PAUSE", 0.001)
+    monkeypatch.setattr(reconcile, "ANSWER_TIME", 0.001)
     table = Table(5, locked=True, lost=lost)
     reconciler = Reconciler(_node(table))
     reconciler.start()
