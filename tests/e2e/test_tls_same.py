@@ -40,6 +40,7 @@ from test_crash import (  # noqa: F401
     pool,
     test_agent_dies,
     test_backend_dies,
+    test_backend_dies_with_a_frozen_connection,
     test_frontend_dies,
     test_kill_in_mid_handoff,
 )
