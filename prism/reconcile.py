@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from prism.errors import SwitchError
 from prism.flow import Flow
 from prism.switch.control import Message, Op, Status
-from prism.switch.provoke import Provoker
+from prism.switch.provoke import ANSWER_TIME, Provoker
 
 if TYPE_CHECKING:
     from prism.node import Node
@@ -29,7 +29,6 @@ log = logging.getLogger(__name__)
 PAUSE = 0.5  # seconds between two rounds
 MAX_FLOWS = 65536  # flows waiting to be looked at; what is beyond is left to the lease
 PROVOCATIONS = 2  # of each client: a stray segment may be lost, or be one too many to be answered
-ANSWER_TIME = 0.6  # seconds for the answer; Linux answers one a half second (tcp_invalid_ratelimit)
 _BATCH = 256  # stray segments, and then a moment for other work
 
 

@@ -173,7 +173,7 @@ class Agent:
         closers.callback(self.store.close)
         self._provoker = Provoker()
         closers.callback(self._provoker.close)
-        self._reaper = Reaper(self.store, self._provoker.provoke, grace=settings.grace)
+        self._reaper = Reaper(self.store, self._provoker.insist, grace=settings.grace)
         self._asker = Asker(self.store, self._reaper.find, self._send, self._tun.write)
         closers.callback(self._asker.close)
         self._lister = Lister(self.store)

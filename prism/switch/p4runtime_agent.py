@@ -142,7 +142,7 @@ class P4Agent:
                 table=self.table,
                 driver=self.driver,
                 on_reply=self._asker.on_reply,
-                on_expired=self._provoker.provoke,
+                on_expired=self._provoker.insist,
             )
             try:
                 await server.start()

@@ -8,15 +8,22 @@ knows no such connection and resets it. Nobody needs to know a sequence number f
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import socket
 import struct
+from collections import deque
 from typing import Final
 
 from prism.errors import SwitchError
 from prism.flow import FLOW_SIZE
 
-__all__ = ["Provoker", "checksum", "stray_segment"]
+__all__ = ["ANSWER_TIME", "Provoker", "checksum", "stray_segment"]
+
+ANSWER_TIME: Final = 0.6
+"""Seconds for an answer; Linux answers one segment a half second (tcp_invalid_ratelimit)."""
+_MOST_AGAIN: Final = 65_536  # clients that wait to be provoked a second time
+_BATCH: Final = 256  # of these at once
 
 _V4_MAPPED: Final = bytes(10) + b"\xff\xff"
 _ACK: Final = 0x10
@@ -80,6 +87,8 @@ class Provoker:
         """
         self.sent = 0
         self.errors = 0
+        self._again: deque[tuple[float, bytes]] = deque()
+        self._timer: asyncio.TimerHandle | None = None
         try:
             self._v4 = socket.socket(
                 socket.AF_INET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.IPPROTO_RAW
@@ -108,8 +117,36 @@ class Provoker:
         self.sent += 1
         return True
 
+    def insist(self, flow: bytes) -> None:
+        """Send one now and one later, for a segment may be lost, or be one too many to be answered.
+
+        Not of more than 65,536 clients at a time: those beyond are provoked once. Needs a running
+        event loop.
+        """
+        self.provoke(flow)
+        if len(self._again) < _MOST_AGAIN:
+            loop = asyncio.get_running_loop()
+            self._again.append((loop.time() + ANSWER_TIME, flow))
+            if self._timer is None:
+                self._timer = loop.call_later(ANSWER_TIME, self._provoke_again, loop)
+
+    def _provoke_again(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = None
+        now = loop.time()
+        for _ in range(_BATCH):
+            if not self._again or self._again[0][0] > now:
+                break
+            self.provoke(self._again.popleft()[1])
+        if self._again:
+            due = max(self._again[0][0], now + 0.001)  # a moment for other work
+            self._timer = loop.call_at(due, self._provoke_again, loop)
+
     def close(self) -> None:
-        """Close the sockets. Idempotent."""
+        """Close the sockets; nobody is provoked again. Idempotent."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._again.clear()
         self._v4.close()
         if self._v6 is not None:
             self._v6.close()

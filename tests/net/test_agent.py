@@ -26,7 +26,7 @@ from prism.switch.base import Rule
 from prism.switch.client import SwitchClient
 from prism.switch.control import Message, Op, Status
 from prism.switch.ebpf import EbpfSwitch
-from prism.switch.provoke import checksum
+from prism.switch.provoke import Provoker, checksum
 
 pytestmark = pytest.mark.net
 
@@ -519,9 +519,24 @@ async def test_clients_of_a_dead_node_are_told_at_once(bed: Bed) -> None:
     assert (await rule_of(fe, kept_flow)).status == Status.OK
     assert agent.counter("leases", "expired_nodes") == 1
     assert agent.counter("leases", "expired_rules") == 2
-    assert agent.counter("provoked") == 2
+    await until(lambda: agent.counter("provoked") == 4, 2)  # each a second time
     kept_client.sendall(b"ok")
     assert (await received(kept, 2))[0] == b"ok"
+
+
+async def test_a_client_that_does_not_answer_at_first(bed: Bed) -> None:
+    """Its kernel has just answered another stray segment, and answers one in half a second only."""
+    bed.agent(grace=0.05)
+    fe = await bed.join(bed.topology.frontends[0], "fe1/0", PORT)
+    be = await bed.join(bed.topology.backends[0], "be1/0", lease=0.4)
+    client, accepted, flow = bed.connect()
+    await bed.hand_over(accepted, flow, fe, be)
+    silence(bed, be)
+    with contextlib.closing(bed.topology.switch.run_inside(Provoker)) as other:
+        while (await rule_of(fe, flow)).status == Status.OK:
+            other.provoke(flow.pack())  # the rule sends the answer to the owner, who is silent
+            await asyncio.sleep(0.02)
+    await until(lambda: is_reset(client), 2)
 
 
 def silence(bed: Bed, node: SwitchClient) -> None:
