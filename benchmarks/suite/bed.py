@@ -24,7 +24,7 @@ from . import rivals
 from .account import Account, Usage
 from .load import Load, Sample, drive
 
-__all__ = ["Bed", "Measured"]
+__all__ = ["RATE", "Bed", "Measured"]
 
 RATE = "200mbit"
 _PATTERN = os.urandom(1 << 20)

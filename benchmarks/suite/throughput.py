@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from .bed import Bed, Measured
+from .bed import RATE, Bed, Measured
 from .load import Load
 from .pairing import Figure, figure, ratio, rounds
 from .results import Plot, Result, size_name
@@ -59,6 +60,10 @@ def connections(size: int) -> int:
 
 def _mb(run: Measured) -> float:
     return run.octets / 1e6
+
+
+def _requests(run: Measured) -> float:
+    return run.sample.requests
 
 
 def _cost(run: Measured) -> float:
@@ -260,19 +265,51 @@ def cost(context: Context) -> Result:
 def mixed(context: Context) -> Result:
     """Half 1 KiB, half 4 MiB: adaptive handoff against always and never."""
     result = Result("mixed", "Half 1 KiB, half 4 MiB", COLUMNS)
+    for rate, name in ((RATE, "links of 200 Mbit/s"), (None, "links without a limit")):
+        found = _mixed(context, rate, name)
+        for mode, runs in found.items():
+            result.rows.append(
+                (
+                    name,
+                    mode,
+                    figure([_mb(run) for run in runs]),
+                    figure([run.sample.requests for run in runs]),
+                    ratio(runs, found["nginx"], _mb) if mode != "nginx" else "1",
+                    figure([run.sample.p50 * 1e3 for run in runs]),
+                    figure([run.sample.p99 * 1e3 for run in runs]),
+                    figure([_cost(run) for run in runs]),
+                    sum(run.sample.failed for run in runs),
+                )
+            )
+        for other in ("always", "never"):
+            for what, of in (("requests a second", _requests), ("octets", _mb)):
+                gain = ratio(found["adaptive"], found[other], of)
+                result.notes.append(
+                    f"{name}: adaptive against {other}: {gain.median:.2f} of the {what} "
+                    f"({gain.low:.2f} to {gain.high:.2f})."
+                )
+    result.notes.append(
+        "Every connection draws from both kinds. Full links carry what they carry, however the "
+        "requests are handled; without a limit the processors decide."
+    )
+    return result
+
+
+def _mixed(context: Context, rate: str | None, name: str) -> dict[str, list[Measured]]:
+    """The runs of each mode, and of nginx, which take turns."""
     modes = ("adaptive", "always", "never")
     beds: dict[str, Bed] = {}
-    try:
+    with contextlib.ExitStack() as stack:
         for mode in modes:
-            bed = Bed(4, rivals_wanted=("nginx",), settings={"frontend.handoff": mode})
-            beds[mode] = bed.__enter__()
+            bed = Bed(4, rivals_wanted=("nginx",), rate=rate, settings={"frontend.handoff": mode})
+            beds[mode] = stack.enter_context(bed)
             bed.fill((KIB, 4 * MIB))
-        small, large = beds["adaptive"].keys(KIB), beds["adaptive"].keys(4 * MIB)
+        small, large = (beds["adaptive"].keys(size) for size in (KIB, 4 * MIB))
         load = Load([*small, *(large * (len(small) // len(large)))])
-        context.say("mixed sizes: " + ", ".join(modes))
+        context.say(f"mixed sizes, {name}: " + ", ".join(modes))
         for bed in beds.values():
             bed.run("prism", load, 2)
-        found = rounds(
+        return rounds(
             [*modes, "nginx"],
             context.count,
             lambda mode, number: (
@@ -281,27 +318,3 @@ def mixed(context: Context) -> Result:
                 else beds[mode].run("prism", load, context.seconds, seed=number)
             ),
         )
-    finally:
-        for bed in beds.values():
-            bed.__exit__(None, None, None)
-    for mode, runs in found.items():
-        result.rows.append(
-            (
-                "mixed",
-                mode,
-                figure([_mb(run) for run in runs]),
-                figure([run.sample.requests for run in runs]),
-                ratio(runs, found["nginx"], _mb) if mode != "nginx" else "1",
-                figure([run.sample.p50 * 1e3 for run in runs]),
-                figure([run.sample.p99 * 1e3 for run in runs]),
-                figure([_cost(run) for run in runs]),
-                sum(run.sample.failed for run in runs),
-            )
-        )
-    for other in ("always", "never"):
-        gain = ratio(found["adaptive"], found[other], lambda run: run.sample.requests)
-        result.notes.append(
-            f"adaptive against {other}: {gain.median:.2f} of the requests a second "
-            f"({gain.low:.2f} to {gain.high:.2f})."
-        )
-    return result
