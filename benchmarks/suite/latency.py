@@ -21,11 +21,12 @@ from .load import Load
 from .pairing import figure
 from .results import Result
 from .throughput import Context
-from .trace import stages, steps_in
+from .trace import handed_over, stages, steps_in
 
 __all__ = ["first_octet", "handoffs", "idle"]
 
 SIZE = 1024
+HANDOFF = "prism, the handoff alone"
 _SETTLE = 0.001  # seconds from the handshake to the request: accepting is not what is measured
 
 
@@ -149,7 +150,11 @@ def first_octet(context: Context) -> Result:
             with _load(bed, 120):
                 _latency_rows(result, f"{kind}, loaded", _time_turns(clients, path, count))
             context.say(f"stages, {kind}")
-            result.notes += _stages(traced, path, count, tls=tls)
+            _stages(result, traced, path, count, tls=tls)
+    result.notes.append(
+        f"{HANDOFF}: from the frontend having read the request to the backend having the live "
+        "connection; traced, one after the other."
+    )
     result.notes.append("loaded: four connections fetch 1 MiB objects through Prism meanwhile.")
     return result
 
@@ -157,21 +162,18 @@ def first_octet(context: Context) -> Result:
 def _latency_rows(result: Result, what: str, found: dict[str, list[float]]) -> None:
     reference = statistics.median(found["nginx"])
     for name, values in found.items():
-        middle, cuts = statistics.median(values), statistics.quantiles(values, n=100)
-        result.rows.append(
-            (
-                what,
-                name,
-                round(middle * 1e6),
-                round(cuts[9] * 1e6),
-                round(cuts[98] * 1e6),
-                f"{middle / reference:.2f}",
-            )
-        )
+        ratio = f"{statistics.median(values) / reference:.2f}"
+        result.rows.append((what, name, *_spread(values), ratio))
 
 
-def _stages(bed: Bed, path: str, count: int, *, tls: bool) -> list[str]:
-    """Lines with the median of each stage, from the nodes' own traces."""
+def _spread(values: list[float]) -> tuple[int, int, int]:
+    """Median, best tenth and 99th percentile, in microseconds."""
+    cuts = statistics.quantiles(values, n=100)
+    return round(statistics.median(values) * 1e6), round(cuts[9] * 1e6), round(cuts[98] * 1e6)
+
+
+def _stages(result: Result, bed: Bed, path: str, count: int, *, tls: bool) -> None:
+    """A row for the handoff alone, a note with its stages, from the nodes' own traces."""
     client = Client(bed, "prism", tls=tls)
     seen: dict[str, float] = {}
     for _ in range(count):
@@ -188,7 +190,11 @@ def _stages(bed: Bed, path: str, count: int, *, tls: bool) -> list[str]:
     parts = [f"{name} {statistics.median(took) * 1e6:.0f}" for name, took in found.items()]
     whole = statistics.median(seen.values()) * 1e6
     kind = "TLS" if tls else "TCP"
-    return [f"Stages, {kind}, medians in us (traced, {whole:.0f} in all): " + "; ".join(parts)]
+    handed = handed_over(seen, ins)
+    result.rows.append((f"{kind}, idle", HANDOFF, *_spread(handed), "-"))
+    result.notes.append(
+        f"Stages, {kind}, medians in us (traced, {whole:.0f} in all): " + "; ".join(parts)
+    )
 
 
 # -- handoffs a second -----------------------------------------------------------------------

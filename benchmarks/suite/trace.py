@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-__all__ = ["Steps", "stages", "steps_in"]
+__all__ = ["Steps", "handed_over", "stages", "steps_in"]
 
 Steps = dict[str, dict[str, int]]
 """By flow, nanoseconds from the request's arrival to each step."""
@@ -25,6 +25,11 @@ def steps_in(log: Path, event: str) -> Steps:
             if entry.get("event") == event:
                 found[str(entry["flow"])] = entry["steps"]
     return found
+
+
+def handed_over(flows: Iterable[str], ins: Steps) -> list[float]:
+    """Seconds from the former owner having read the request to the new one's live socket."""
+    return [ins[flow]["activate"] / 1e9 for flow in flows if "activate" in ins.get(flow, {})]
 
 
 def stages(seen: Mapping[str, float], outs: Steps, ins: Steps) -> dict[str, list[float]]:
