@@ -2,8 +2,8 @@
 /* Suites and key derivation; what becomes what is drawn in tls_keys.h. */
 #include <string.h>
 
+#include <openssl/core_names.h>
 #include <openssl/crypto.h>
-#include <openssl/hmac.h>
 
 #include "tls_keys.h"
 
@@ -29,6 +29,25 @@ static const struct prism_tls_suite SUITES[] = {
 /* Fetched once: looking one up by name costs as much as sealing a small record. */
 static EVP_CIPHER *ciphers[PRISM_TLS_AEADS];
 
+/* HMAC with SHA-256 and SHA-384, without keys: only ever copied, for the same reason. */
+static EVP_MAC_CTX *hmacs[2];
+
+static EVP_MAC_CTX *new_hmac(char *digest)
+{
+	OSSL_PARAM params[] = {
+		OSSL_PARAM_construct_utf8_string(OSSL_MAC_PARAM_DIGEST, digest, 0),
+		OSSL_PARAM_construct_end(),
+	};
+	EVP_MAC *mac = EVP_MAC_fetch(NULL, OSSL_MAC_NAME_HMAC, NULL);
+	EVP_MAC_CTX *made = mac ? EVP_MAC_CTX_new(mac) : NULL;
+
+	EVP_MAC_free(mac); /* the context has its own reference */
+	if (made && EVP_MAC_CTX_set_params(made, params) == 1)
+		return made;
+	EVP_MAC_CTX_free(made);
+	return NULL;
+}
+
 int prism_tls_init(void)
 {
 	static const char *const names[PRISM_TLS_AEADS] = {
@@ -43,6 +62,14 @@ int prism_tls_init(void)
 		if (!ciphers[i])
 			return -1;
 	}
+	for (int i = 0; i < 2; i++) {
+		char sha256[] = "SHA256", sha384[] = "SHA384";
+
+		if (!hmacs[i])
+			hmacs[i] = new_hmac(i ? sha384 : sha256);
+		if (!hmacs[i])
+			return -1;
+	}
 	return 0;
 }
 
@@ -54,19 +81,31 @@ const struct prism_tls_suite *prism_tls_find_suite(unsigned int id)
 	return NULL;
 }
 
-static const EVP_MD *hash_of(size_t hash_len)
+/* An HMAC for any number of messages with one key, or NULL; EVP_MAC_CTX_free wipes it. */
+static EVP_MAC_CTX *keyed(size_t hash_len, const uint8_t *key, size_t key_len)
 {
-	return hash_len == HASH_MAX ? EVP_sha384() : EVP_sha256();
+	EVP_MAC_CTX *mac = EVP_MAC_CTX_dup(hmacs[hash_len == HASH_MAX]);
+
+	if (mac && EVP_MAC_init(mac, key, key_len, NULL) == 1)
+		return mac;
+	EVP_MAC_CTX_free(mac);
+	return NULL;
 }
 
-static int hmac(size_t hash_len, const uint8_t *key, size_t key_len, const uint8_t *data,
-		size_t data_len, uint8_t out[HASH_MAX])
+/* One message; the key is ready for the next one then. */
+static int hmac(EVP_MAC_CTX *mac, const uint8_t *data, size_t data_len, uint8_t out[HASH_MAX])
 {
-	return HMAC(hash_of(hash_len), key, (int)key_len, data, data_len, out, NULL) ? 0 : -1;
+	size_t written;
+
+	return EVP_MAC_update(mac, data, data_len) == 1 &&
+			       EVP_MAC_final(mac, out, &written, HASH_MAX) == 1 &&
+			       EVP_MAC_init(mac, NULL, 0, NULL) == 1
+		       ? 0
+		       : -1;
 }
 
-int prism_tls_hkdf_expand(size_t hash_len, const uint8_t *prk, size_t prk_len, const uint8_t *info,
-			  size_t info_len, uint8_t *out, size_t out_len)
+static int expand(EVP_MAC_CTX *mac, size_t hash_len, const uint8_t *info, size_t info_len,
+		  uint8_t *out, size_t out_len)
 {
 	uint8_t block[HASH_MAX + 512 + 1], digest[HASH_MAX];
 	size_t before = 0; /* octets of the block before: none ahead of the first */
@@ -79,7 +118,7 @@ int prism_tls_hkdf_expand(size_t hash_len, const uint8_t *prk, size_t prk_len, c
 
 		memcpy(block + before, info, info_len);
 		block[before + info_len] = (uint8_t)i;
-		failed = hmac(hash_len, prk, prk_len, block, before + info_len + 1, digest);
+		failed = hmac(mac, block, before + info_len + 1, digest);
 		memcpy(out, digest, take);
 		memcpy(block, digest, hash_len);
 		before = hash_len;
@@ -91,8 +130,18 @@ int prism_tls_hkdf_expand(size_t hash_len, const uint8_t *prk, size_t prk_len, c
 	return failed;
 }
 
-int prism_tls_expand_label(size_t hash_len, const uint8_t *secret, const char *label, uint8_t *out,
-			   size_t out_len)
+int prism_tls_hkdf_expand(size_t hash_len, const uint8_t *prk, size_t prk_len, const uint8_t *info,
+			  size_t info_len, uint8_t *out, size_t out_len)
+{
+	EVP_MAC_CTX *mac = keyed(hash_len, prk, prk_len);
+	int failed = mac ? expand(mac, hash_len, info, info_len, out, out_len) : -1;
+
+	EVP_MAC_CTX_free(mac);
+	return failed;
+}
+
+static int expand_label(EVP_MAC_CTX *mac, size_t hash_len, const char *label, uint8_t *out,
+			size_t out_len)
 {
 	uint8_t info[2 + 1 + 6 + LABEL_MAX + 1];
 	size_t label_len = strlen(label);
@@ -104,8 +153,17 @@ int prism_tls_expand_label(size_t hash_len, const uint8_t *secret, const char *l
 	memcpy(info + 3, "tls13 ", 6);
 	memcpy(info + 9, label, label_len);
 	info[9 + label_len] = 0; /* no context */
-	return prism_tls_hkdf_expand(hash_len, secret, hash_len, info, 10 + label_len, out,
-				     out_len);
+	return expand(mac, hash_len, info, 10 + label_len, out, out_len);
+}
+
+int prism_tls_expand_label(size_t hash_len, const uint8_t *secret, const char *label, uint8_t *out,
+			   size_t out_len)
+{
+	EVP_MAC_CTX *mac = keyed(hash_len, secret, hash_len);
+	int failed = mac ? expand_label(mac, hash_len, label, out, out_len) : -1;
+
+	EVP_MAC_CTX_free(mac);
+	return failed;
 }
 
 int prism_tls_prf(size_t hash_len, const uint8_t *secret, size_t secret_len, const char *label,
@@ -114,23 +172,30 @@ int prism_tls_prf(size_t hash_len, const uint8_t *secret, size_t secret_len, con
 	/* A(i), then label and seed: what P_hash feeds to the HMAC */
 	uint8_t block[HASH_MAX + SEED_MAX], digest[HASH_MAX];
 	size_t label_len = strlen(label), tail = label_len + seed_len;
+	EVP_MAC_CTX *mac;
 	int failed;
 
 	if (label_len > SEED_MAX || seed_len > SEED_MAX || tail > SEED_MAX)
 		return -1;
+	mac = keyed(hash_len, secret, secret_len);
+	if (!mac)
+		return -1;
 	memcpy(block + hash_len, label, label_len);
 	memcpy(block + hash_len + label_len, seed, seed_len);
-	failed = hmac(hash_len, secret, secret_len, block + hash_len, tail, block); /* A(1) */
+	failed = hmac(mac, block + hash_len, tail, block); /* A(1) */
 	while (out_len && !failed) {
 		size_t take = out_len < hash_len ? out_len : hash_len;
 
-		failed = hmac(hash_len, secret, secret_len, block, hash_len + tail, digest);
+		failed = hmac(mac, block, hash_len + tail, digest);
 		memcpy(out, digest, take);
 		out += take;
 		out_len -= take;
-		failed |= hmac(hash_len, secret, secret_len, block, hash_len, digest);
-		memcpy(block, digest, hash_len); /* A(i + 1) */
+		if (out_len && !failed) {
+			failed = hmac(mac, block, hash_len, digest);
+			memcpy(block, digest, hash_len); /* A(i + 1) */
+		}
 	}
+	EVP_MAC_CTX_free(mac);
 	OPENSSL_cleanse(block, sizeof(block));
 	OPENSSL_cleanse(digest, sizeof(digest));
 	return failed;
@@ -144,12 +209,14 @@ static void drop_context(struct prism_tls_half *half)
 
 int prism_tls_derive(struct prism_tls_half *half, const struct prism_tls_suite *suite)
 {
+	size_t hash_len = suite->secret_len;
+	EVP_MAC_CTX *mac = keyed(hash_len, half->secret, hash_len);
+	int failed = !mac || expand_label(mac, hash_len, "key", half->key, suite->key_len) ||
+		     expand_label(mac, hash_len, "iv", half->iv, PRISM_TLS_NONCE);
+
+	EVP_MAC_CTX_free(mac);
 	drop_context(half);
-	if (prism_tls_expand_label(suite->secret_len, half->secret, "key", half->key,
-				   suite->key_len))
-		return -1;
-	return prism_tls_expand_label(suite->secret_len, half->secret, "iv", half->iv,
-				      PRISM_TLS_NONCE);
+	return failed ? -1 : 0;
 }
 
 int prism_tls_move_on(struct prism_tls_half *half, const struct prism_tls_suite *suite)
