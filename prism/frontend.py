@@ -208,7 +208,9 @@ def _tls_stream(sock: socket.socket, established: Established, flow: Flow) -> Tl
     peer = Peer(established.server_name)
     if identity is not None:
         peer = Peer(established.server_name, identity.subject, identity.names, identity.fingerprint)
-    return TlsStream(sock, established.tls, flow, facts=pack_peer(peer))
+    stream = TlsStream(sock, established.tls, flow, facts=pack_peer(peer))
+    stream.watch()  # as the handshake did
+    return stream
 
 
 async def run_node(node: Node, stop: asyncio.Event) -> None:

@@ -320,3 +320,18 @@ def expand_label(hash_name: str, secret: bytes, label: str, length: int) -> byte
 
 def prf(hash_name: str, secret: bytes, label: str, seed: bytes, length: int) -> bytes:
     """The PRF of TLS 1.2 (RFC 5246, section 5)."""
+
+def flight(data: bytes, begun: bool, /) -> tuple[list[int], int, int]:
+    """How to feed a handshake's records to a TLS library that must not see what follows them.
+
+    A record is fed alone, but a ChangeCipherSpec is never the last one of a handshake, nor is,
+    after the hello, one with a ChangeCipherSpec behind it: these go with what is behind them.
+
+    Args:
+        data: what was received and not fed, from a record's start on.
+        begun: the hello was fed before.
+
+    Returns:
+        offsets up to which to feed in one go; how far ``data`` has to reach for one more record;
+        where a header is that cannot be a record's (RFC 8446, 5.1 and 5.2), or -1.
+    """

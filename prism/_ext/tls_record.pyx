@@ -1,7 +1,8 @@
 """The TLS record layer after the handshake; see tls_record.pyi and src/tls_record.h.
 
 In parts: tls_opened.pxi has what was opened, tls_base.pxi the state that travels, this file what
-reads and writes with it, tls_derive.pxi the key derivations on their own.
+reads and writes with it, tls_derive.pxi the key derivations on their own, tls_flight.pxi what the
+handshake before asks of records.
 """
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
@@ -19,12 +20,13 @@ TX = 1
 RX = 2
 
 if prism_tls_init() != 0:
-    raise ImportError("libcrypto has no AES-GCM or no ChaCha20-Poly1305")
+    raise ImportError("libcrypto lacks AES-GCM, ChaCha20-Poly1305 or HMAC")
 
 
 include "tls_base.pxi"
 include "tls_opened.pxi"
 include "tls_derive.pxi"
+include "tls_flight.pxi"
 
 
 cdef class Tls(_Connection):

@@ -324,6 +324,14 @@ class PlainStream:
         if not isinstance(self._reader, asyncio.Future):
             self._reader = None
 
+    def watch(self) -> None:
+        """Has the loop watch the input from now on, as when somebody waits for it.
+
+        Where it does so already for the socket's former owner, who must not be told any more, that
+        costs no system call.
+        """
+        self._watch_input()
+
     def _watch_input(self) -> None:
         """Has the loop watch the descriptor, unless it still does.
 

@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Final
 
 from OpenSSL import SSL
-from OpenSSL._util import lib as _lib
 
 from prism.config_tls import Suite, TlsConfig
 from prism.errors import ConfigError
 from prism.tls.certificates import Credential, Names, load_credential, read_certificates
+from prism.tls.openssl import keep_secrets
 
-__all__ = ["SUITES", "NoProtocol", "TlsContexts", "reason", "shake", "was_resumed"]
+__all__ = ["SUITES", "NoProtocol", "TlsContexts", "reason"]
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +56,6 @@ _NEW: Final[dict[Suite, str]] = {
 }
 _PROTOCOLS = (b"http/1.1", b"http/1.0")
 _TICKET_LIFE = 7200  # seconds
-_WANT_READ: Final[int] = _lib.SSL_ERROR_WANT_READ
-_WANTED = (b"CLIENT_TRAFFIC_SECRET_0 ", b"SERVER_TRAFFIC_SECRET_0 ", b"CLIENT_RANDOM ")
 
 
 class NoProtocol(Exception):
@@ -151,7 +149,7 @@ class TlsContexts:
         context.set_timeout(_TICKET_LIFE)
         context.set_session_id(mark)
         context.set_alpn_select_callback(_select_protocol)
-        context.set_keylog_callback(_keep_secret)
+        keep_secrets(context)
         for each in credentials:
             _use(context, each)
         if config.client_auth != "none":
@@ -224,41 +222,8 @@ def reason(error: SSL.Error) -> str:
     return "unknown"
 
 
-def shake(connection: SSL.Connection) -> bool:
-    """``do_handshake``, which needs no exception to say that it wants more input.
-
-    Returns:
-        whether the handshake is complete.
-
-    Raises:
-        SSL.Error: it has failed.
-        NoProtocol: by the client's choice of protocols.
-    """
-    result = _lib.SSL_do_handshake(connection._ssl)
-    if result == 1:
-        return True
-    if _lib.SSL_get_error(connection._ssl, result) != _WANT_READ:
-        connection._raise_ssl_error(connection._ssl, result)
-    return False
-
-
-def was_resumed(connection: SSL.Connection) -> bool:
-    """Whether the client came with a ticket. pyOpenSSL binds the function, but has no method."""
-    return bool(_lib.SSL_session_reused(connection._ssl))
-
-
 def _select_protocol(connection: SSL.Connection, offered: list[bytes]) -> bytes:
     for protocol in _PROTOCOLS:
         if protocol in offered:
             return protocol
     raise NoProtocol  # OpenSSL then sends no_application_protocol (RFC 7301, 3.2)
-
-
-def _keep_secret(connection: SSL.Connection, line: bytes) -> None:
-    """Hand one secret to the handshake it belongs to, through the connection's ``app_data``.
-
-    ``line`` has a label, the client's random and a secret, the latter two in hexadecimal.
-    """
-    if line.startswith(_WANTED):
-        label, random, secret = line.split(b" ")
-        connection.get_app_data()[label] = (random, secret)

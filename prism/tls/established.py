@@ -5,7 +5,8 @@ from __future__ import annotations
 import datetime
 import re
 import struct
-from collections.abc import Mapping
+from binascii import unhexlify
+from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 from cryptography import x509
@@ -13,7 +14,8 @@ from cryptography.hazmat.primitives import hashes
 from OpenSSL import SSL
 
 from prism._ext.tls_record import MAX_FRAGMENT, Tls
-from prism.tls.context import SUITES, was_resumed
+from prism.tls.context import SUITES
+from prism.tls.openssl import protocol, server_random, was_resumed
 
 __all__ = [
     "ClientIdentity",
@@ -27,8 +29,13 @@ __all__ = [
 _HEADER: Final = struct.Struct("!BHH")  # content type, version, length
 _EXTENSION: Final = struct.Struct("!HH")  # type, length
 _APPLICATION_DATA: Final = 23
+_A_TICKET: Final = b"\x17"  # how its record starts: as all that is encrypted with TLS 1.3
 _CERTIFICATE_EXPIRED: Final = 45  # RFC 8446, section 6
 _FRAGMENT_LIMIT: Final = re.compile(rb"\x00\x01\x00\x01[\x01-\x04]")  # the extension
+_VERSIONS: Final[dict[int, str]] = {
+    SSL.TLS1_3_VERSION: "TLSv1.3",
+    SSL.TLS1_2_VERSION: "TLSv1.2",
+}
 _NAME_KINDS: Final[tuple[tuple[str, Any], ...]] = (
     ("DNS", x509.DNSName),
     ("URI", x509.UniformResourceIdentifier),
@@ -88,7 +95,7 @@ class Unusable(Exception):
 
 def establish(
     connection: SSL.Connection,
-    secrets: Mapping[bytes, tuple[bytes, bytes]],
+    secrets: Sequence[bytes],
     write_seq: int,
     max_fragment: int,
 ) -> Established:
@@ -96,8 +103,8 @@ def establish(
 
     Args:
         connection: OpenSSL's, done with its handshake.
-        secrets: what OpenSSL told of, by label: the client's random and the secret, hexadecimal.
-        write_seq: session tickets sent, with TLS 1.3.
+        secrets: what :func:`prism.tls.openssl.shake` told.
+        write_seq: session tickets sent, with TLS 1.3; not looked at with TLS 1.2.
         max_fragment: see :func:`fragment_limit`.
 
     Raises:
@@ -105,8 +112,16 @@ def establish(
             has ended since.
     """
     suite = connection.get_cipher_name() or ""
+    version = connection.get_protocol_version()
     try:
-        tls = _records(connection, SUITES[suite], secrets, write_seq, max_fragment)
+        tls = _records(
+            connection,
+            version,
+            SUITES[suite],
+            secrets,
+            write_seq=write_seq,
+            max_fragment=max_fragment,
+        )
     except (KeyError, ValueError):
         raise Unusable("no usable secrets") from None
     resumed = was_resumed(connection)
@@ -117,8 +132,8 @@ def establish(
     return Established(
         tls=tls,
         server_name=name.lower(),
-        alpn=connection.get_alpn_proto_negotiated().decode("ascii"),
-        version=connection.get_protocol_version_name(),
+        alpn=protocol(connection).decode("ascii"),
+        version=_VERSIONS[version],
         suite=suite,
         resumed=resumed,
         client_identity=None if certificate is None else _identity(certificate),
@@ -127,42 +142,43 @@ def establish(
 
 def _records(
     connection: SSL.Connection,
+    version: int,
     suite: int,
-    secrets: Mapping[bytes, tuple[bytes, bytes]],
+    secrets: Sequence[bytes],
+    *,
     write_seq: int,
     max_fragment: int,
 ) -> Tls:
-    if connection.get_protocol_version() == SSL.TLS1_3_VERSION:
+    told = {label: (random, secret) for label, random, secret in map(bytes.split, secrets)}
+    if version == SSL.TLS1_3_VERSION:
         return Tls.from_traffic_secrets(
             suite,
-            _octets(secrets[b"CLIENT_TRAFFIC_SECRET_0"][1]),
-            _octets(secrets[b"SERVER_TRAFFIC_SECRET_0"][1]),
+            unhexlify(told[b"CLIENT_TRAFFIC_SECRET_0"][1]),
+            unhexlify(told[b"SERVER_TRAFFIC_SECRET_0"][1]),
             is_server=True,
             write_seq=write_seq,
             max_fragment=max_fragment,
         )
-    random, master = secrets[b"CLIENT_RANDOM"]
+    random, master = told[b"CLIENT_RANDOM"]
     return Tls.from_master_secret(
         suite,
-        _octets(master),
-        _octets(random),
-        connection.server_random() or b"",
+        unhexlify(master),
+        unhexlify(random),
+        server_random(connection),
         is_server=True,
         max_fragment=max_fragment,
     )
 
 
-def _octets(hexadecimal: bytes) -> bytes:
-    return bytes.fromhex(hexadecimal.decode("ascii"))
-
-
 def limit_tickets(out: bytes, most: int) -> tuple[bytes, int]:
-    """Of what OpenSSL put out last with TLS 1.3, what is to be sent, and how many tickets it has.
+    """Of what OpenSSL put out last, what is to be sent, and how many tickets of TLS 1.3 it has.
 
     These are the first records under the application keys. Those that are left out have used a
-    nonce each, but nobody ever sees them.
+    nonce each, but nobody ever sees them. With TLS 1.2 all is sent: its ticket is no such record.
     """
     at = count = 0
+    if out[:1] != _A_TICKET:
+        return out, 0
     while at < len(out):
         kind, _, length = _HEADER.unpack_from(out, at)
         if kind == _APPLICATION_DATA:

@@ -19,15 +19,15 @@ import asyncio
 import logging
 import select
 import socket
-import struct
 from collections.abc import Callable
 from typing import Final, NoReturn
 
 from OpenSSL import SSL
 
-from prism._ext.tls_record import MAX_FRAGMENT
+from prism._ext.http_scan import drop, peek
+from prism._ext.tls_record import MAX_FRAGMENT, flight
 from prism.flow import Flow
-from prism.tls.context import NoProtocol, TlsContexts, reason, shake
+from prism.tls.context import NoProtocol, TlsContexts, reason
 from prism.tls.established import (
     Established,
     Unusable,
@@ -35,18 +35,18 @@ from prism.tls.established import (
     fragment_limit,
     limit_tickets,
 )
+from prism.tls.openssl import feed, output, shake
 
 __all__ = ["Handshake"]
 
 log = logging.getLogger(__name__)
 
-_HEADER: Final = struct.Struct("!BHH")  # content type, version, length
-_CHANGE_CIPHER_SPEC, _HANDSHAKE = 20, 22
+_HEADER_SIZE: Final = 5
+_HANDSHAKE: Final = 22
 _TYPES: Final = range(20, 24)
 _MAX_RECORD: Final = MAX_FRAGMENT + 256  # of ciphertext (RFC 8446, 5.2)
 _PEEK: Final = _MAX_RECORD + 4096
 _MAX_OCTETS: Final = 160 * 1024  # of all handshake records; certificates may be 100 KiB
-_OUTPUT: Final = 16 * 1024
 _METHOD: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ /*"
 _HTTPS_ONLY: Final = b"This port speaks HTTPS: use https:// in place of http://\n"
 _NO_TLS: Final = (
@@ -68,8 +68,9 @@ class Handshake:
         contexts: what handshakes have in common.
         tickets: how many session tickets the client gets at most.
         on_end: called once, maybe inside :meth:`advance`, with this object, what was established
-            or ``None``, and why not. The socket is the callee's from then on, still open, with
-            nothing watching it.
+            or ``None``, and why not. The socket is the callee's from then on, still open. Where
+            something was established, the loop may watch it still: see ``TlsServer.accept``.
+        loop: the running one; asking for it takes a system call.
 
     Attributes:
         deadline: for the owner's use.
@@ -81,6 +82,7 @@ class Handshake:
         "_base",
         "_complete",
         "_connection",
+        "_fd",
         "_hello",
         "_loop",
         "_lowat",
@@ -104,30 +106,36 @@ class Handshake:
         contexts: TlsContexts,
         tickets: int,
         on_end: Callable[[Handshake, Established | None, str], None],
+        *,
+        loop: asyncio.AbstractEventLoop,
     ) -> None:
         self.sock = sock
+        self._fd = sock.fileno()
         self.flow = flow
         self.said = False
         self.deadline = 0.0
         self._on_end: Callable[[Handshake, Established | None, str], None] | None = on_end
         self._tickets = tickets
         self._base = contexts.base  # its callbacks must live as long as the connection
-        self._loop = asyncio.get_running_loop()
+        self._loop = loop
         self._connection: SSL.Connection | None = None  # none before there is a whole record
-        self._secrets: dict[bytes, tuple[bytes, bytes]] = {}
+        self._secrets: list[bytes] = []  # of the key log
         self._hello = b""
         self._answer = b""
         self._out = b""
         self._taken = 0
         self._lowat = 1
-        self._write_seq = 1
+        self._write_seq = 0
         self._watched = False
         self._complete = False
 
     def advance(self) -> None:
         """Go on with what has been received."""
+        if self._on_end is None:
+            self._unwatch()  # nobody has taken the watch over
+            return
         try:
-            data = self.sock.recv(_PEEK, socket.MSG_PEEK)
+            data = peek(self._fd, _PEEK)
         except BlockingIOError:
             self._watch()
             return
@@ -158,53 +166,43 @@ class Handshake:
     # -- input -----------------------------------------------------------------------------
 
     def _feed(self, data: bytes) -> int:
-        """Feed whole records; how many octets have to be there for more: 1 if none are left.
-
-        A ChangeCipherSpec is never the last record of a handshake: it is fed together with the
-        one behind it.
-        """
-        used = at = 0
-        while not self._complete:
-            wanted = at + _HEADER.size
-            if wanted > len(data):
+        """Feed whole records; how many octets have to be there for more: 1 if none are left."""
+        ends, wanted, bad = flight(data, self._connection is not None)
+        used = 0
+        for end in ends:
+            self._step(data[used:end])
+            used = end
+            if self._complete:
                 break
-            kind, version, length = _HEADER.unpack_from(data, at)
-            if kind not in _TYPES or version >> 8 != 3 or length > _MAX_RECORD:
-                self._reject(data[used:], at - used)
-            wanted += length
-            if wanted > len(data):
-                break
-            if kind != _CHANGE_CIPHER_SPEC or at > used:
-                self._step(kind, data[used:wanted])
-                used = wanted
-            at = wanted
+        else:
+            if bad >= 0:
+                self._reject(data[used:], bad - used)
         if used:
             self._taken += used
-            self.sock.recv(used, socket.MSG_TRUNC)  # dropped in the kernel, not copied
+            drop(self._fd, used)  # in the kernel, not copied
         if self._taken > _MAX_OCTETS:
             raise _Failed("too much data")
         return wanted - used if len(data) > used else 1
 
-    def _step(self, kind: int, records: bytes) -> None:
-        """Feed one record, or two."""
+    def _step(self, records: bytes) -> None:
+        """Feed one record, or those that belong to it."""
         connection = self._connection
         if connection is None:
-            if kind != _HANDSHAKE or records[0] != _HANDSHAKE:
+            if records[0] != _HANDSHAKE:
                 raise _Failed("not TLS")
             self._hello = records
             connection = self._connection = self._connect()
-        connection.bio_write(records)
+        feed(connection, records)
         self._shake(connection)
 
     def _connect(self) -> SSL.Connection:
         connection = SSL.Connection(self._base, None)
-        connection.set_app_data(self._secrets)
         connection.set_accept_state()
         return connection
 
     def _shake(self, connection: SSL.Connection) -> None:
         try:
-            self._complete = shake(connection)
+            self._complete = shake(connection, self._secrets)
         except NoProtocol:
             raise _Failed("no application protocol") from None
         except SSL.Error as error:
@@ -225,7 +223,7 @@ class Handshake:
                 self._answer = _NO_TLS
                 raise _Failed("plain HTTP")
             self._connection = self._connect()
-        self._connection.bio_write(data[: at + _HEADER.size])
+        feed(self._connection, data[: at + _HEADER_SIZE])
         try:
             self._shake(self._connection)
         except _Failed:
@@ -263,8 +261,8 @@ class Handshake:
         Raises:
             OSError: the connection is lost.
         """
-        out = self._output()
-        if self._complete and self._is_new():
+        out = b"" if self._connection is None else output(self._connection)
+        if self._complete:
             out, self._write_seq = limit_tickets(out, self._tickets)
         if out:
             try:
@@ -277,21 +275,6 @@ class Handshake:
             self._loop.add_writer(self.sock.fileno(), self._send_on)
         elif self._complete:
             self._succeed()
-
-    def _output(self) -> bytes:
-        if self._connection is None:
-            return b""
-        pieces: list[bytes] = []
-        try:
-            while not pieces or len(pieces[-1]) == _OUTPUT:
-                pieces.append(self._connection.bio_read(_OUTPUT))
-        except SSL.WantReadError:
-            pass
-        return b"".join(pieces)
-
-    def _is_new(self) -> bool:
-        connection = self._connection
-        return connection is not None and connection.get_protocol_version() == SSL.TLS1_3_VERSION
 
     def _send_on(self) -> None:
         """The socket takes more of what is left to send."""
@@ -332,7 +315,9 @@ class Handshake:
 
     def _fail(self, why: str) -> None:
         """Send what there is to say, an alert mostly; a client that takes nothing misses it."""
-        last_words = self._answer or self._output()
+        last_words = self._answer
+        if not last_words and self._connection is not None:
+            last_words = output(self._connection)
         if last_words:
             try:
                 self.sock.send(last_words)
@@ -344,7 +329,8 @@ class Handshake:
     def _end(self, established: Established | None, why: str) -> None:
         if self._on_end is None:
             return
-        self._unwatch()
+        if established is None:
+            self._unwatch()
         if self._out:
             self._loop.remove_writer(self.sock.fileno())
         self._out = b""

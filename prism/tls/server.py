@@ -74,8 +74,11 @@ class TlsServer:
             sock: connected and non-blocking. It is not the caller's until ``on_done``.
             flow: the connection's name.
             on_done: called once, maybe before this returns. With what was established, the socket
-                is the caller's, and its queue holds what follows the client's Finished. With
-                ``None``, it is closed, or will be as soon as the client has read the alert.
+                is the caller's, and its queue holds what follows the client's Finished. The loop
+                may watch its input still, for nobody: the caller watches it in its own name
+                (which then costs no system call), or removes the reader before it closes the
+                socket. With ``None``, it is closed, or will be as soon as the client has read
+                the alert.
         """
         if self._closed:
             sock.close()
@@ -84,7 +87,9 @@ class TlsServer:
         if len(self._pending) >= self._max:
             self.crowded_out += 1
             self._running.oldest().abandon("crowded out")
-        handshake = Handshake(sock, flow, self.contexts, self._tickets, self._ended)
+        handshake = Handshake(
+            sock, flow, self.contexts, self._tickets, self._ended, loop=self._loop
+        )
         self._pending[handshake] = on_done
         self._running.add(handshake)
         handshake.advance()

@@ -9,9 +9,13 @@ import os
 import socket
 import ssl
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tls_world import HandClient, Pki, Serving, client_context, get
+
+from prism.tls.established import Established
+from prism.tls.stream import TlsStream
 
 
 @pytest.fixture(scope="module")
@@ -179,3 +183,58 @@ async def test_no_secret_is_written_down(
     for secret in secrets:
         assert secret not in shown.lower()
         assert repr(bytes.fromhex(secret))[2:-1] not in shown
+
+
+async def finished(port: int, ended: list[Any]) -> HandClient:
+    """A client after its handshake, that the server has put into a list."""
+    client = HandClient(port, client_context(None))
+    await client.send(client.step())
+    await client.send(await client.receive_flight())
+    async with asyncio.timeout(5):
+        while not ended:
+            await asyncio.sleep(0.005)
+    return client
+
+
+@pytest.mark.parametrize("waits", [False, True])
+async def test_the_watch_goes_over_to_the_stream(entry: dict[str, str], waits: bool) -> None:
+    loop = asyncio.get_running_loop()
+    ended: list[tuple[TlsStream, int]] = []
+    seen = asyncio.Event()
+    async with Serving({"certificates": [entry]}) as server:
+
+        def done(sock: socket.socket, established: Established | None) -> None:
+            assert established is not None
+            stream = TlsStream(sock, established.tls)
+            stream.watch()
+            ended.append((stream, sock.fileno()))
+
+        server._done = done  # type: ignore[method-assign]
+        client = await finished(server.port, ended)
+        stream, fd = ended[0]
+        if waits:
+            stream.on_readable(seen.set)
+            await asyncio.sleep(0.02)
+            assert not seen.is_set()
+            await client.send(b"\x17\x03\x03")
+            async with asyncio.timeout(5):
+                await seen.wait()
+        stream.close()
+        assert not loop.remove_reader(fd)
+        client.sock.close()
+
+
+async def test_a_watch_that_nobody_takes_over_ends_at_the_first_input(
+    entry: dict[str, str],
+) -> None:
+    loop = asyncio.get_running_loop()
+    ended: list[socket.socket] = []
+    async with Serving({"certificates": [entry]}) as server:
+        server._done = lambda sock, _: ended.append(sock)  # type: ignore[method-assign]
+        client = await finished(server.port, ended)
+        await client.send(b"\x17\x03\x03")
+        await asyncio.sleep(0.05)
+        assert ended[0].recv(9, socket.MSG_PEEK) == b"\x17\x03\x03"
+        assert not loop.remove_reader(ended[0].fileno())
+        ended[0].close()
+        client.sock.close()

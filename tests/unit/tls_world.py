@@ -160,10 +160,12 @@ class Serving:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         else:
+            asyncio.get_running_loop().remove_reader(sock.fileno())
             self.sockets.append(sock)
 
     async def _answer(self, sock: socket.socket, established: Established) -> None:
         stream = TlsStream(sock, established.tls)
+        stream.watch()
         head = b""
         try:
             while b"\r\n\r\n" not in head:
