@@ -9,7 +9,7 @@ from prism.errors import PrismError
 from prism.replication.rules import Reply, Stage
 from prism.replication.views import Message, Version
 
-__all__ = ["NotHead", "Page", "Refusal", "Storage", "Transport", "Unavailable"]
+__all__ = ["NotHead", "Page", "Refusal", "Settled", "Storage", "Transport", "Unavailable"]
 
 
 class Unavailable(PrismError):
@@ -86,6 +86,16 @@ class Transport(Protocol):
 
     async def fetch(self, peer: str, epoch: int, key: bytes) -> tuple[Version, Any] | None:
         """An installed object."""
+
+    async def settled(self, peer: str, epoch: int, key: bytes) -> Settled:
+        """Whether ``peer`` has anything staged from before this epoch."""
+
+
+class Settled(NamedTuple):
+    """Whether a node has nothing staged from before an epoch: of one key, and of all."""
+
+    key: bool
+    all: bool
 
 
 class Page(NamedTuple):

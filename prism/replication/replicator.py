@@ -21,7 +21,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 from prism.errors import PrismError
 from prism.replication.catchup import CatchUp
-from prism.replication.interfaces import NotHead, Page, Refusal, Unavailable
+from prism.replication.interfaces import NotHead, Page, Refusal, Settled, Unavailable
 from prism.replication.member import REDRIVES, Member
 from prism.replication.rules import (
     DONE,
@@ -62,6 +62,8 @@ class Replicator(Member):
         super().__init__(*arguments, **options)
         self.catch_up = CatchUp(self)
         self.retiring = False
+        self._settled_in: dict[str, int] = {}  # the last epoch that each node has settled in
+        self._awaited: dict[bytes, Version] = {}  # begun here, not known to be installed anywhere
 
     def catch_up_from(self, epoch: int) -> None:
         """Begin to catch up in this epoch."""
@@ -105,6 +107,8 @@ class Replicator(Member):
     ) -> T:
         """Make a new version of ``key``; returns when all replicas that serve have it.
 
+        Writes of a key wait for each other, in the order in which they have come.
+
         Args:
             key: the object's.
             make: called with the version it shall have, when the latest one before is installed
@@ -117,21 +121,74 @@ class Replicator(Member):
             Unavailable: the outcome is not known.
         """
         deadline = self.clock() + seconds
-        async with self._writes(key):
-            self._be_head(key)
-            if key in self.storage.staged:
-                await self._drive(key, deadline, fresh=False)
-            async with self.lock(key), self._section(self.view.epoch) as good:
-                if not good:
-                    raise NotHead("the view is changing")
+        async with contextlib.AsyncExitStack() as turn:
+            try:
+                await turn.enter_async_context(self._writes(key, seconds))
+            except TimeoutError:
+                raise Unavailable("other writes of this key are under way") from None
+            while True:
                 self._be_head(key)
-                if key in self.storage.staged:
-                    raise Unavailable("another write of this key is under way")
-                version = self._next(await self.storage.version(key))
-                blob, result = await make(version)
-                await self.storage.stage(key, version, blob)
-            await self._drive(key, deadline, fresh=True)
+                epoch = self.view.epoch
+                await self._after_earlier(key, epoch, deadline)
+                async with self.lock(key), self._section(epoch) as good:
+                    if not good:
+                        raise NotHead("the view is changing")
+                    self._be_head(key)
+                    if key not in self.storage.staged:
+                        version = self._next(await self.storage.version(key))
+                        blob, result = await make(version)
+                        await self.storage.stage(key, version, blob)
+                        break
+            self._awaited[key] = version
+            try:
+                await self._drive(key, deadline, fresh=True)
+            finally:
+                self._awaited.pop(key, None)
             return result
+
+    async def _after_earlier(self, key: bytes, epoch: int, deadline: float) -> None:
+        """Have what is under way of a key brought to its end, before there is a later version.
+
+        After a change of view the former head, and others, may have a write of it staged that has
+        not come here yet. It would be superseded by a new one, and nobody could tell its client
+        whether it has been in effect.
+        """
+        while True:
+            others = [name for name in chain_of(self.view, self.order(key)) if name != self.me]
+            settled = [await self._settled_at(name, epoch, key) for name in others]
+            if epoch != self.view.epoch:
+                raise NotHead("the view is changing")
+            if all(settled) and key not in self.storage.staged:
+                return
+            if self.clock() >= deadline:
+                raise Unavailable("an earlier write of this key is not done yet")
+            if all(settled):
+                with contextlib.suppress(Unavailable):  # superseded, say: look again
+                    await self._drive(key, deadline, fresh=False)
+                    continue
+            await self.changed(_RETRY)
+
+    async def _settled_at(self, peer: str, epoch: int, key: bytes) -> bool:
+        """Whether a node is known to have nothing of a key from before this epoch."""
+        if self._settled_in.get(peer) == epoch or peer in self.view.joining:
+            return True
+        try:
+            found = await self.transport.settled(peer, epoch, key)
+        except PrismError as error:
+            log.debug("%s does not say whether it has settled: %s", peer, error)
+            return False
+        if found.all:
+            self._settled_in[peer] = epoch
+        return found.key
+
+    def on_settled(self, epoch: int, key: bytes) -> Settled:
+        """What the head of a chain asks before its first writes in an epoch.
+
+        Raises:
+            Unavailable: this node is not in that epoch.
+        """
+        self._be_in(epoch)
+        return Settled(not self._doubtful(key), not self.unsettled)
 
     def _be_head(self, key: bytes) -> None:
         if self.retiring or self.head(key) != self.me or not self.serves:
@@ -146,6 +203,7 @@ class Replicator(Member):
         version = self.storage.staged.get(key)
         if version is None:
             return
+        begun_here = fresh
         while True:
             view = self.view
             reply = await self._once(key, version, view, fresh=fresh)
@@ -154,6 +212,8 @@ class Replicator(Member):
             if reply.outcome is Outcome.REFUSED and fresh:
                 raise Refusal(reply.status, reply.detail)
             if reply.outcome is Outcome.SUPERSEDED:
+                if begun_here and self._awaited.get(key) != version:
+                    return  # it was done by another replica's doing, before there was a later one
                 raise Unavailable("a later write has come in between")
             fresh = False
             if self.clock() >= deadline:
@@ -217,7 +277,7 @@ class Replicator(Member):
                 except Refusal as error:
                     return Reply(Outcome.REFUSED, error.status, str(error))
             if last:
-                await self.storage.install(stage.key)
+                await self._install(stage.key)
                 return DONE
         reply = await self._pass_on(stage, index)
         return await self._settle(stage, reply, fresh=verdict.store)
@@ -231,7 +291,7 @@ class Replicator(Member):
             mine = self.storage.staged.get(key) == stage.version
             if reply.outcome is Outcome.DONE:
                 if mine:
-                    await self.storage.install(key)
+                    await self._install(key)
                     return DONE
                 return DONE if await self.storage.version(key) >= stage.version else UNKNOWN
             if not fresh:
@@ -239,6 +299,12 @@ class Replicator(Member):
             if mine:
                 await self.storage.unstage(key)
             return reply
+
+    async def _install(self, key: bytes) -> None:
+        version = self.storage.staged[key]
+        await self.storage.install(key)
+        if self._awaited.get(key) == version:
+            del self._awaited[key]
 
     async def _look_after(self) -> None:
         """Have what stays staged for long brought to an end."""
@@ -274,6 +340,9 @@ class Replicator(Member):
         Raises:
             Unavailable: this node is not in that epoch.
         """
+        self._be_in(epoch)
+        return await self.storage.installed(key)
+
+    def _be_in(self, epoch: int) -> None:
         if self.membership.applied != epoch or self.view.epoch != epoch:
             raise Unavailable(f"{self.me} is not in epoch {epoch}")
-        return await self.storage.installed(key)

@@ -121,13 +121,25 @@ class KeyLocks:
         return len(self._locks)
 
     @contextlib.asynccontextmanager
-    async def __call__(self, key: bytes) -> AsyncIterator[None]:
-        """Hold the key's lock."""
+    async def __call__(self, key: bytes, seconds: float | None = None) -> AsyncIterator[None]:
+        """Hold the key's lock; whoever has asked first gets it first.
+
+        Args:
+            key: whose lock.
+            seconds: how long to wait for it at most; ``None``: for ever.
+
+        Raises:
+            TimeoutError: others have had it for that long.
+        """
         lock, users = self._locks.get(key) or (asyncio.Lock(), 0)
         self._locks[key] = (lock, users + 1)
         try:
-            async with lock:
+            async with asyncio.timeout(seconds):
+                await lock.acquire()
+            try:
                 yield
+            finally:
+                lock.release()
         finally:
             lock, users = self._locks[key]
             if users == 1:

@@ -213,6 +213,14 @@ class Service:
         version, blob = found
         await send_file(ends, {"version": version}, blob)
 
+    async def _settled(self, ends: Ends, node: str, question: Document) -> None:
+        try:
+            found = self._replicator.on_settled(int(question["epoch"]), frames.key_of(question))
+        except PrismError as error:
+            _say(ends, {"error": str(error)})
+            return
+        _say(ends, {"settled": found.key, "all": found.all})
+
 
 def _say(ends: Ends, document: Document) -> None:
     with contextlib.suppress(OSError):
@@ -223,4 +231,5 @@ _QUESTIONS: dict[str, Any] = {
     "stage": Service._stage,
     "page": Service._page,
     "fetch": Service._fetch,
+    "settled": Service._settled,
 }

@@ -8,7 +8,7 @@ from typing import Any, Final, Protocol
 from prism.errors import PrismError, ProtocolError
 from prism.replication import frames
 from prism.replication.frames import Document, Failed
-from prism.replication.interfaces import Page
+from prism.replication.interfaces import Page, Settled
 from prism.replication.links import Ends, Link, ask
 from prism.replication.rules import Reply, Stage
 from prism.replication.views import Message, Version, encode
@@ -166,6 +166,13 @@ class Network:
                 return None
             version = frames.version_of(answer["version"])
             return version, await receive_file(ends, self._spools, answer, key, version)
+
+    async def settled(self, peer: str, epoch: int, key: bytes) -> Settled:
+        """See :class:`Transport`."""
+        async with self._link(peer).asking(self._patience) as ends:
+            await ask(ends, {"op": "settled", "epoch": epoch, "key": frames.text_of(key)})
+            answer = await self._answer(ends)
+            return Settled(answer["settled"] is True, answer["all"] is True)
 
     async def _answer(self, ends: Ends) -> Document:
         document: Document | None = {"wait": True}

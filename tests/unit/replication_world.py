@@ -127,6 +127,13 @@ class MemoryTransport:
     async def page(self, peer: str, epoch: int, after: bytes) -> Any:
         return await self._ask(peer, lambda node: node.on_page(self.me, epoch, after))
 
+    async def settled(self, peer: str, epoch: int, key: bytes) -> Any:
+        async def say(node: Replicator) -> Any:
+            return node.on_settled(epoch, key)
+
+        async with asyncio.timeout(LEASE):
+            return await self._ask(peer, say)
+
     async def fetch(self, peer: str, epoch: int, key: bytes) -> Any:
         return await self._ask(peer, lambda node: node.on_fetch(epoch, key))
 
