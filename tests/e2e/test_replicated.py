@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -257,42 +258,94 @@ def test_a_replica_stands_still_and_goes_on(make_bed: Callable[..., Bed]) -> Non
     settle_and_compare(bed, load)
 
 
-def test_a_replica_is_drained_and_restarted_under_load(make_bed: Callable[..., Bed]) -> None:
-    """It has itself left out first, and its connections go on elsewhere: no request fails."""
-    bed = make_bed(placement="replicated", replicas=2)
+@contextlib.contextmanager
+def writing(bed: Bed, clients: int = 4) -> Iterator[list[tuple[str, int, bytes]]]:
+    """Clients that write and read, all of them the same keys; no request may fail.
+
+    Yields what they have been answered.
+    """
     stop = threading.Event()
     body = payload("drain", 40_000)
+    seen: list[tuple[str, int, bytes]] = []
 
-    def client(number: int) -> list[tuple[str, int]]:
-        seen: list[tuple[str, int]] = []
+    def client() -> None:
         while not stop.is_set():
             with bed.client.open() as conn:
                 for turn in range(20):
-                    path = f"/drain/{number}/{turn % 8}"
+                    path = f"/drain/{turn % 8}"
                     put = conn.request("PUT", path, body)
                     get = (
                         bed.client.once("GET", path) if closing(put) else conn.request("GET", path)
                     )
-                    seen += [("PUT", put.status), ("GET", get.status)]
+                    seen.append(("PUT", put.status, put.body))
+                    seen.append(("GET", get.status, b"" if get.body == body else get.body))
                     if closing(put) or closing(get):
                         break
-        return seen
 
-    with ThreadPoolExecutor(4) as pool:
-        clients = [pool.submit(client, number) for number in range(4)]
+    with ThreadPoolExecutor(clients) as pool:
+        running = [pool.submit(client) for _ in range(clients)]
         try:
-            time.sleep(0.5)
-            command = [sys.executable, "-m", "prism", "drain", "be2", "--lab", bed.cluster.name]
-            ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-            assert ran.returncode == 0, ran.stderr
-            bed.cluster.restart("be2")
-            assert wait_for(lambda: state(bed, "be2") == "serving", 30.0)
+            assert wait_for(lambda: len(seen) > 40, 20.0)
+            yield seen
+            count = len(seen)
+            assert wait_for(lambda: len(seen) > count + 40, 20.0)
         finally:
             stop.set()
-        seen = [entry for future in clients for entry in future.result(30)]
-    assert len(seen) > 100
-    bad = [entry for entry in seen if entry[1] not in (200, 201, 204)]
-    assert bad == []
+        for future in running:
+            future.result(30)
+    good = (("PUT", 201, b""), ("PUT", 204, b""), ("GET", 200, b""))
+    assert [answer for answer in seen if answer not in good] == []
+
+
+def drain(bed: Bed, node: str, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "prism", "drain", node, "--lab", bed.cluster.name, *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_replica_is_drained_and_restarted_under_load(make_bed: Callable[..., Bed]) -> None:
+    """It has itself left out first, and its connections go on elsewhere: no request fails.
+
+    The heads of the keys' chains change twice, with writes under way.
+    """
+    bed = make_bed(placement="replicated", replicas=2)
+    with writing(bed):
+        ran = drain(bed, "be2")
+        assert ran.returncode == 0, ran.stderr
+        bed.cluster.restart("be2")
+        assert wait_for(lambda: state(bed, "be2") == "serving", 30.0)
+
+
+def test_draining_a_replica_can_be_undone_under_load(make_bed: Callable[..., Bed]) -> None:
+    """It joins and catches up again; what it has been doing goes on, and no request fails."""
+    bed = make_bed(placement="replicated", replicas=2)
+    own = bed.key("be2", "undone")
+    with bed.client.open() as conn, writing(bed) as seen:
+        conn.send(conn.start("PUT", own, b"whole")[:-3])  # keeps the node from ending
+        assert wait_for(lambda: bed.counters("be2")["connections"] > 0)
+        assert drain(bed, "be2", "--no-wait").returncode == 0
+        assert wait_for(lambda: "be2" not in serving(bed, "be1"), 10.0)
+        assert bed.client.once("PUT", "/meanwhile", b"new").status == 201
+        count = len(seen)
+        assert wait_for(lambda: len(seen) > count + 40, 20.0)
+        ran = drain(bed, "be2", "--undo")
+        assert (ran.returncode, "is not drained" in ran.stdout) == (0, True), ran.stderr
+        assert wait_for(lambda: state(bed, "be2") == "serving", 30.0), state(bed, "be2")
+        assert "be2" in serving(bed, "be1")
+        conn.send(b"ole")
+        assert conn.response("PUT").status == 201
+    paths = [own, "/meanwhile", *(f"/drain/{number}" for number in range(8))]
+    assert any(replicas(bed, path)[0] == "be2" for path in paths)
+    for path in paths:
+        assert wait_for(lambda path=path: agree(bed, path), 10.0), path  # type: ignore[misc]
+        assert len({straight(bed, node, path).sha256 for node in bed.backends}) == 1
+    assert straight(bed, "be2", own).body == b"whole"
+    assert bed.no_unexpected_errors() == []
+
+
+def serving(bed: Bed, node: str) -> list[str]:
+    """Who serves, as a node sees it."""
+    (status,) = bed.cluster.statuses(node)
+    return list(status["replicas"]["serving"])
 
 
 def closing(answer: Response) -> bool:
