@@ -144,9 +144,9 @@ class Backend(Node):
             await self.replicated.leave(self.config.cluster.lease)
         await super().drain()
 
-    def refuse_new(self) -> None:
+    def refuse_new(self, seconds: float) -> None:
         """As :meth:`Node.refuse_new`; other replicas answer from now on."""
-        super().refuse_new()
+        super().refuse_new(seconds)
         if self.replicated is not None:
             self.replicated.begin_leaving(self.config.cluster.lease)
 

@@ -96,7 +96,7 @@ class Draining:
             return
         log.info("%s is drained, within %g s", self._node.name, seconds)
         self._set(True)
-        self._node.refuse_new()
+        self._node.refuse_new(seconds)
         self._task = asyncio.get_running_loop().create_task(self._empty(seconds))
 
     def undo(self) -> None:

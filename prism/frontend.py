@@ -70,6 +70,7 @@ class Frontend(Node):
         self.frontend: FrontendConfig = config.frontend
         self.listing = self.whole_listing()
         self._listeners: list[Listener] = []
+        self._retiring: asyncio.Task[None] | None = None
         self._contexts = contexts
         self._tls: TlsServer | None = None
 
@@ -94,25 +95,45 @@ class Frontend(Node):
 
     def stop_listening(self) -> None:
         """Accept no more connections; those in the queue are taken still. Idempotent."""
+        if self._retiring is not None and self._retiring is not asyncio.current_task():
+            self._retiring.cancel()
+        self._retiring = None
         for listener in self._listeners:
             listener.close()
         self._listeners.clear()
 
-    def refuse_new(self) -> None:
-        """The node is being drained: clients are to connect to another frontend."""
+    def refuse_new(self, seconds: float) -> None:
+        """The node is being drained: clients are to connect to another frontend.
+
+        Those that are connected already, and have said nothing yet, come in first.
+        """
+        self._retiring = asyncio.get_running_loop().create_task(self._retire(seconds))
+
+    async def _retire(self, seconds: float) -> None:
+        try:
+            await asyncio.gather(*(listener.retire(seconds) for listener in self._listeners))
+        except OSError as error:
+            log.error("some clients may be reset: %s", error)
         self.stop_listening()
 
     def accept_again(self) -> None:
         """The node stays after all."""
+        if self._retiring is not None:
+            self._retiring.cancel()
+            self._retiring = None
         try:
-            self._listen()
+            for listener in self._listeners:
+                listener.resume()
+            if not self._listeners:
+                self._listen()
         except OSError as error:
             self.stop_listening()
             log.error("cannot listen again, restart %s: %s", self.name, error)
 
     def busy(self) -> bool:
         """Whether there are connections that would be cut if the node ended now."""
-        return super().busy() or bool(self._tls is not None and len(self._tls))
+        handshakes = self._tls is not None and len(self._tls)
+        return super().busy() or bool(handshakes) or self._retiring is not None
 
     async def drain(self) -> None:
         """Accept no more, and let open requests end."""

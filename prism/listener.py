@@ -1,16 +1,24 @@
-"""Listening sockets: several worker processes share an address, a storm of clients is bounded."""
+"""Listening sockets: several worker processes share an address, a storm of clients is bounded.
+
+A client is connected, as it sees it, before it is accepted here: the kernel keeps those that have
+said nothing yet, and those whose last ACK is still under way. Closing the socket would reset them
+with their first octet, so :meth:`Listener.retire` has them come in first.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import errno
 import ipaddress
 import logging
 import socket
+import struct
 from collections.abc import Callable
 
 from prism._ext.sockets import accept
 from prism.flow import Endpoint
+from prism.monitor.sockdiag import TcpState, dump
 
 __all__ = ["Listener"]
 
@@ -19,6 +27,23 @@ log = logging.getLogger(__name__)
 ACCEPTS = 64  # connections accepted in one go before the loop does something else
 DEFER = 5  # seconds that the kernel keeps a client that says nothing to itself
 PAUSE = 0.1  # seconds without accepting, when the process has no descriptors left
+# Seconds until those have been asked again that have said nothing: the kernel does so 1, 3 and 7
+# seconds after a SYN, so none waits for over 4; and until those are in that are on their way.
+SILENT, ON_THEIR_WAY = 5.0, 1.0
+_LOOK = 0.05  # seconds between two looks at who is half open
+_SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27  # asm-generic/socket.h
+# Classic BPF over a segment's TCP header, dropping SYNs without an ACK: code, jt, jf, k
+# (linux/filter.h). tcp(7) has nothing to end listening with and keep who is half open.
+_NO_SYNS = b"".join(
+    struct.pack("=HBBI", *instruction)
+    for instruction in (
+        (0x30, 0, 0, 13),  # load the octet with the flags
+        (0x54, 0, 0, 0x12),  # of these SYN and ACK
+        (0x15, 0, 1, 0x02),  # SYN alone?
+        (0x06, 0, 0, 0),  # drop it
+        (0x06, 0, 0, 0xFFFFFFFF),  # let it in
+    )
+)
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
@@ -62,11 +87,56 @@ class Listener:
         """Stop listening; connections that are in the queue are accepted still. Idempotent."""
         if self._sock.fileno() < 0:
             return
-        self._accept()
+        while self._accept():
+            pass
         self._loop.remove_reader(self._sock.fileno())
         self._sock.close()
 
-    def _accept(self) -> None:
+    async def retire(self, seconds: float) -> None:
+        """Have all come in that are connected as they see it, and nobody else; then close.
+
+        Where there are none, that is at once. In the end new clients' SYNs are dropped, not
+        refused, for a moment: what is accepted then would be in a queue that is about to go.
+
+        Args:
+            seconds: for all of it; clients that have not come in by then are reset when they speak.
+        """
+        until = self._loop.time() + seconds
+        self._defer(0)  # who has said nothing is asked again, and is accepted with that answer
+        await self._none_half_open(min(until, self._loop.time() + SILENT))
+        if self._sock.fileno() < 0:
+            return
+        program = ctypes.create_string_buffer(_NO_SYNS, len(_NO_SYNS))
+        instructions = struct.pack("HP", len(_NO_SYNS) // 8, ctypes.addressof(program))
+        self._sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, instructions)
+        await self._none_half_open(min(until, self._loop.time() + ON_THEIR_WAY))
+
+    def resume(self) -> None:
+        """Listen as before, after a :meth:`retire` that was cancelled."""
+        try:
+            self._sock.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
+        except FileNotFoundError:
+            pass  # it had not come so far
+        self._defer(DEFER)
+
+    def _defer(self, seconds: int) -> None:
+        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, seconds)
+
+    async def _none_half_open(self, until: float) -> None:
+        """Wait until nobody is connected, or connecting, who is not in the queue yet."""
+        while self._sock.fileno() >= 0:
+            try:
+                half_open = [_ async for _ in dump(1 << TcpState.SYN_RECV, self.endpoint.port)]
+            except OSError as error:
+                log.warning("cannot see who is half open, so waiting for long enough: %s", error)
+                await asyncio.sleep(until - self._loop.time())
+                return
+            if not half_open or self._loop.time() >= until:
+                return
+            await asyncio.sleep(_LOOK)
+
+    def _accept(self) -> bool:
+        """Accept what is in the queue; whether there may be more."""
         listener, family = self._sock.fileno(), self._family
         for _ in range(ACCEPTS):
             try:
@@ -74,10 +144,10 @@ class Listener:
             except OSError as error:
                 if error.errno in _EXHAUSTED:
                     self._pause(error)
-                    return
+                    return False
                 continue  # that client has gone already (accept(2))
             if accepted is None:
-                return
+                return False
             fd, host, port = accepted
             # With all that is known about it, or Python would ask the kernel again.
             sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, fd)
@@ -89,6 +159,7 @@ class Listener:
                     sock.close()
                     continue
             self._on_accept(sock, Endpoint(host, port), local)
+        return True
 
     def _pause(self, error: OSError) -> None:
         """Wait, instead of being woken for the same connection for ever."""

@@ -369,8 +369,8 @@ class Node(Embedded):
         """Whether there are connections that would be cut if the node ended now."""
         return bool(self.connections or self.moving)
 
-    def refuse_new(self) -> None:
-        """The node is being drained: take no new connections."""
+    def refuse_new(self, seconds: float) -> None:
+        """The node is being drained, within ``seconds``: take no new connections."""
 
     def accept_again(self) -> None:
         """The node stays after all."""

@@ -30,6 +30,7 @@ __all__ = [
     "SockDiagMonitor",
     "TcpState",
     "cookie_of",
+    "dump",
     "lookup",
     "open_diag",
 ]
@@ -68,6 +69,7 @@ class TcpState:
     """Kernel TCP states (``include/net/tcp_states.h``) that matter here."""
 
     ESTABLISHED = 1
+    SYN_RECV = 3
     FIN_WAIT2 = 5
     TIME_WAIT = 6
     CLOSE = 7
@@ -251,7 +253,7 @@ class SockDiagMonitor:
             self.counters.resyncs += 1
             suspects = dict(self._by_cookie)
             try:
-                async for cookie in _dump():
+                async for cookie in dump():
                     suspects.pop(cookie, None)
             except OSError as error:
                 log.warning("cannot dump the TCP sockets, looking up each one: %s", error)
@@ -354,17 +356,22 @@ def lookup(
     return None if state == TcpState.LISTEN else state
 
 
-async def _dump() -> AsyncIterator[int]:
-    """The cookies of all connected TCP sockets, letting the event loop turn now and then.
+async def dump(states: int = _CONNECTED, port: int = 0) -> AsyncIterator[int]:
+    """The cookies of TCP sockets, letting the event loop turn now and then.
 
     The kernel makes the next part of a dump when the last one is read, so no read waits.
+
+    Args:
+        states: a bit for each state they may be in; by default, all those that are connected.
+        port: their own; by default, any.
 
     Raises:
         OSError: the kernel cannot be asked.
     """
+    ends = (port.to_bytes(2, "big"), b"", b"", b"")
     for family in (socket.AF_INET, socket.AF_INET6):
         with open_diag() as sock:
-            sock.send(_request(_NLM_F_DUMP, family, _CONNECTED))
+            sock.send(_request(_NLM_F_DUMP, family, states, ends))
             parts = 0
             last = False
             while not last:

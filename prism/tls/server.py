@@ -136,7 +136,7 @@ class TlsServer:
     def _dispose(self, sock: socket.socket, *, linger: bool) -> None:
         """Close; a close with unread input would reset the connection and the alert be lost."""
         if not linger or self._closed:
-            sock.close()
+            _close(sock)
             return
         if len(self._lingering) >= _MAX_LINGERING:
             self._lingering.oldest().close()
@@ -152,6 +152,18 @@ class TlsServer:
         self._poll = self._loop.call_later(RELOAD, self._look_at_files)
         if self.contexts.changed():
             self.contexts.reload()
+
+
+def _close(sock: socket.socket) -> None:
+    """Close with a FIN, whatever part of a record there is to read."""
+    try:
+        sock.shutdown(socket.SHUT_WR)
+        left = _LINGER_OCTETS
+        while left > 0 and (data := sock.recv(16384)):
+            left -= len(data)
+    except OSError:
+        pass  # there is no more to read, or the connection is lost
+    sock.close()
 
 
 class _Timed(Protocol):

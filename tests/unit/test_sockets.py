@@ -67,8 +67,11 @@ def test_a_cookie_is_the_kernel_s() -> None:
         assert cookie_of(one.fileno()) != cookie_of(other.fileno())
 
 
-@pytest.mark.parametrize(("bound", "host"), [("127.0.0.1",) * 2, ("0.0.0.0", "127.0.0.1"),
-                                             ("::1",) * 2, ("::", "::1")])  # fmt: skip
+BOUND = pytest.mark.parametrize(("bound", "host"), [("127.0.0.1",) * 2, ("0.0.0.0", "127.0.0.1"),
+                                                    ("::1",) * 2, ("::", "::1")])  # fmt: skip
+
+
+@BOUND
 async def test_a_listener_tells_both_ends(bound: str, host: str) -> None:
     found: asyncio.Queue[tuple[socket.socket, Endpoint, Endpoint]] = asyncio.Queue()
     listener = Listener(Endpoint(bound, 0), 8, lambda *accepted: found.put_nowait(accepted))
@@ -82,6 +85,46 @@ async def test_a_listener_tells_both_ends(bound: str, host: str) -> None:
             assert local == (host, port)
             assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
             assert sock.family == (socket.AF_INET6 if ":" in host else socket.AF_INET)
+        writer.close()
+    finally:
+        listener.close()
+
+
+@BOUND
+async def test_a_listener_that_retires_lets_in_who_is_connected(bound: str, host: str) -> None:
+    """Also who has said nothing, and was with the kernel only; afterwards, nobody."""
+    found: list[socket.socket] = []
+    listener = Listener(Endpoint(bound, 0), 128, lambda sock, *_: found.append(sock))
+    port = listener.endpoint.port
+    writers = [(await asyncio.open_connection(host, port))[1] for _ in range(80)]
+    assert found == []
+    await asyncio.wait_for(listener.retire(20.0), 8)
+    late = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    late.settimeout(0.2)
+    with late, pytest.raises(TimeoutError):  # neither let in, to be reset then, nor refused yet
+        late.connect((host, port))
+    listener.close()
+    assert len(found) == len(writers)
+    with pytest.raises(ConnectionRefusedError):
+        await asyncio.open_connection(host, port)
+    for writer in writers:
+        writer.close()
+    for sock in found:
+        sock.close()
+
+
+async def test_a_listener_that_stays_after_all_listens_as_before() -> None:
+    found: asyncio.Queue[socket.socket] = asyncio.Queue()
+    listener = Listener(Endpoint("127.0.0.1", 0), 8, lambda sock, *_: found.put_nowait(sock))
+    try:
+        await listener.retire(0.0)
+        listener.resume()
+        listener.resume()
+        _, writer = await asyncio.open_connection(*listener.endpoint)
+        with pytest.raises(TimeoutError):  # it is left to the kernel until it says something
+            await asyncio.wait_for(found.get(), 0.3)
+        writer.write(b"x")
+        (await asyncio.wait_for(found.get(), 5)).close()
         writer.close()
     finally:
         listener.close()
