@@ -98,6 +98,7 @@ class Link:
         self._timer: asyncio.TimerHandle | None = None
         self._up = asyncio.Event()
         self._closed = False
+        self._unreachable: set[str] = set()  # why, as far as it was logged since it was up
         self.task = self._loop.create_task(self._keep_connected())
 
     @property
@@ -167,6 +168,7 @@ class Link:
     def up(self, calling: Calling) -> None:
         """The handshake is done."""
         self._calling = calling
+        self._unreachable.clear()
         self._up.set()
         self.shared.on_link(self.peer, True)
 
@@ -235,13 +237,24 @@ class Link:
             started = time.monotonic()
             try:
                 await self._connect_once()
-            except OSError:
-                pass
+            except OSError as error:
+                self._complain(error)
             stayed = time.monotonic() - started
             backoff = 0.0 if stayed > BACKOFF_LONGEST else min(backoff * 2, BACKOFF_LONGEST)
             backoff = max(backoff, BACKOFF_FIRST)
             spread = 0.75 + int.from_bytes(os.urandom(1)) / 512
             await asyncio.sleep(backoff * spread)
+
+    def _complain(self, error: OSError) -> None:
+        """Say why there is no connection: once for each cause, while the peer cannot be reached."""
+        cause = error.strerror or str(error) or f"no answer in {self.shared.handshake_time:g} s"
+        if error.errno is not None and error.errno > 0:
+            cause = os.strerror(error.errno)  # without the address, which event loops put there
+        if cause not in self._unreachable:
+            self._unreachable.add(cause)
+            topic = error.errno or 0
+            text = f"{self.peer} at {self.endpoint} cannot be reached: {cause}"
+            self.shared.complaints.say(self.peer, topic, text)
 
     async def _connect_once(self) -> None:
         calling = Calling(self)

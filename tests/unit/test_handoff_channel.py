@@ -264,6 +264,45 @@ async def test_a_link_comes_up_when_the_peer_does():
         await until(lambda: here.counters.disconnects == 2)
 
 
+def unreachable(caplog):
+    return [line for line in caplog.messages if "cannot be reached" in line]
+
+
+async def test_why_there_is_no_link_is_said_once_for_each_cause(caplog, monkeypatch):
+    monkeypatch.setattr(secure, "_QUIET", 0.0)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        nobody = Endpoint(*taken.getsockname())
+    refused = f"handoff channel: be1/0 at {nobody} cannot be reached: Connection refused"
+    async with channel("fe1/0", handshake_time=0.2) as here:
+        way = here.link("be1/0", nobody)
+        await asyncio.sleep(0.4)  # some ten times
+        assert unreachable(caplog) == [refused]
+        async with channel("be1/0") as there:
+            await there.listen(nobody)
+            assert await way.wait_connected(2)
+        await until(lambda: len(unreachable(caplog)) == 2)
+        await asyncio.sleep(0.2)
+        assert unreachable(caplog) == [refused, refused]
+        here.link("be2/0", Endpoint("192.0.2.1", 9))  # another peer, another cause
+        await until(lambda: any("be2/0" in line for line in unreachable(caplog)))
+        await asyncio.sleep(0.5)
+        assert len([line for line in unreachable(caplog) if "be2/0" in line]) <= 2
+
+
+async def test_a_link_that_comes_and_goes_is_complained_of_in_bounds(caplog):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        nobody = Endpoint(*taken.getsockname())
+    async with channel("fe1/0") as here:
+        way = here.link("be1/0", nobody)
+        for _ in range(4):
+            await asyncio.sleep(0.1)
+            async with channel("be1/0") as there:
+                await there.listen(nobody)
+                assert await way.wait_connected(2)
+            await until(lambda: not way.connected)
+        assert len(unreachable(caplog)) == 1
+
+
 async def test_a_busy_link_refuses_here(monkeypatch):
     monkeypatch.setattr(link, "MAX_OUTSTANDING", 3)
     async with channel("be1/0", lambda offer, reply: None) as there, channel("fe1/0") as here:
