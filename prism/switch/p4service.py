@@ -156,8 +156,11 @@ class P4Service:
                     self._on_request(client, request)
             except UpdateError as error:
                 failure.append((_CODES[error.code], error.text))
-            except Exception:  # the stream has ended
-                pass
+            except grpc.RpcError:
+                pass  # how gRPC ends the requests of a stream that was cancelled or has broken
+            except Exception:
+                _log.exception("a fault in a P4Runtime stream, which ends with it")
+                failure.append((grpc.StatusCode.INTERNAL, "a fault in the switch: see its log"))
             client.out.put(None)
 
         threading.Thread(target=listen, name="p4service-stream", daemon=True).start()

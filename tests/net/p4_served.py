@@ -36,7 +36,11 @@ class Served:
         self.store = EbpfSwitch(pins / "prism", max_rules=64)
         self.table = EntryTable(self.store, load())
         self.codec = Codec(self.table.pipeline)
-        self.service = P4Service(self.table, "127.0.0.1:0", tls=tls)
+        self.packets_out: list[bytes] = []
+        self.go_on = threading.Event()
+        self.service = P4Service(
+            self.table, "127.0.0.1:0", tls=tls, on_packet_out=self._on_packet_out
+        )
         self.service.start()
         self.address = f"127.0.0.1:{self.service.port}"
         credentials = own.controller()
@@ -52,14 +56,23 @@ class Served:
         self.stub = Stub(self.channel)
         self.stream = self.join(10)
 
-    def join(self, election: int) -> Any:
+    def _on_packet_out(self, payload: bytes) -> None:
+        if not payload:
+            raise ZeroDivisionError("a packet of nothing")
+        self.packets_out.append(payload)
+        if payload == b"wait":
+            self.go_on.wait(10)
+
+    def join(self, election: int, *packets: bytes) -> Any:
+        """A controller's stream; it sends these packets when it is open."""
         request = p4.StreamMessageRequest()
         request.arbitration.device_id = 1
         request.arbitration.election_id.low = election
-        requests = iter([request])
 
         def forever() -> Iterator[Any]:
-            yield next(requests)
+            yield request
+            for payload in packets:
+                yield p4.StreamMessageRequest(packet=p4.PacketOut(payload=payload))
             self.waiting.wait()
 
         stream = self.stub.StreamChannel(forever(), timeout=60)
@@ -68,6 +81,7 @@ class Served:
 
     def close(self) -> None:
         self.waiting.set()
+        self.go_on.set()
         self.channel.close()
         self.service.close()
         self.store.close()

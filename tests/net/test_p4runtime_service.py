@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
+import threading
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
@@ -266,3 +270,95 @@ def test_the_table_is_bounded(served: Served) -> None:
     results = [served.write(*served.updates(INSERT, rule(1000 + n)))[2][0] for n in range(70)]
     assert results == [codes.OK] * 64 + [codes.RESOURCE_EXHAUSTED] * 6
     assert len(served.state()) == 64
+
+
+def faults(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.message for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_a_fault_in_a_stream_is_logged_with_its_cause(
+    served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The controller is told, and the others' streams go on."""
+    stream = served.join(20, b"first", b"", b"never")
+    with pytest.raises(grpc.RpcError) as caught:
+        while True:
+            next(stream)
+    assert caught.value.code() == grpc.StatusCode.INTERNAL
+    assert served.packets_out == [b"first"]
+    assert faults(caplog) == ["a fault in a P4Runtime stream, which ends with it"]
+    assert "ZeroDivisionError: a packet of nothing" in caplog.text
+    assert next(served.stream).arbitration.status.code == codes.ALREADY_EXISTS
+    assert next(served.stream).arbitration.status.code == codes.OK
+
+
+CONTROLLER = """
+import sys, time, grpc
+from prism.switch.p4runtime_messages import Stub, p4
+
+def requests():
+    request = p4.StreamMessageRequest()
+    request.arbitration.device_id = 1
+    request.arbitration.election_id.low = 20
+    yield request
+    yield p4.StreamMessageRequest(packet=p4.PacketOut(payload=b"wait"))
+    time.sleep(60)
+
+stream = Stub(grpc.insecure_channel(sys.argv[1])).StreamChannel(requests())
+next(stream)
+print("in", flush=True)
+if sys.argv[2] == "cancelled":
+    sys.stdin.readline()
+    stream.cancel()
+    print("out", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("how", ["cancelled", "broken", "stopped"])
+def test_a_stream_that_ends_is_no_fault(
+    served: Served, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    """Cancelled by its controller, broken with its process, or with the service.
+
+    It ends while a request of it is dealt with: gRPC raises at the next one.
+    """
+    command = [sys.executable, "-c", CONTROLLER, served.address, how]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        try:
+            assert other.stdout is not None and other.stdin is not None
+            assert other.stdout.readline() == "in\n"
+            assert next(served.stream).arbitration.status.code == codes.ALREADY_EXISTS
+            assert until(lambda: served.packets_out == [b"wait"])
+            if how == "cancelled":
+                other.stdin.write("\n")
+                other.stdin.flush()
+                assert other.stdout.readline() == "out\n"
+            elif how == "broken":
+                other.kill()
+            else:
+                served.service.close()
+            time.sleep(0.5)  # gRPC tells nobody when it has heard of the end
+            served.go_on.set()
+            if how != "stopped":
+                assert next(served.stream).arbitration.status.code == codes.OK
+            served.service.close()
+            assert until(lambda: not listening())
+        finally:
+            other.kill()
+    assert faults(caplog) == []
+
+
+def until(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
+    """Whether something comes true in time."""
+    deadline = time.monotonic() + seconds
+    while not (good := condition()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return good
+
+
+def listening() -> list[threading.Thread]:
+    """Threads that take what controllers send."""
+    return [thread for thread in threading.enumerate() if thread.name == "p4service-stream"]
