@@ -35,6 +35,7 @@ ONLY = {
         "test_uploads",
     ),
     "test_crash": ("test_agent_dies", "test_kill_in_mid_handoff"),
+    "test_drained_frontend": ("test_who_has_said_nothing_yet_is_handed_on",),
     "test_fallback": (
         "test_backend_that_cannot_import",
         "test_rule_table_full",
