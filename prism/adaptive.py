@@ -25,10 +25,11 @@ from prism.http.head import RequestHead
 __all__ = ["Adaptive", "Costs", "Learned", "Sizes", "Verdict", "pack_learned", "unpack_learned"]
 
 FIRST_THRESHOLD: Final = 64 * 1024  # octets, until there are measurements
-# Octets. The times do not show all of what relaying costs: every octet passes one more link, and
-# where links are the limit, that halves what they carry. Waiting in front of a full link delays
-# handoffs most, so that the measured threshold would grow when it should not.
-LOWEST, HIGHEST = 4 * 1024, FIRST_THRESHOLD
+# Octets. The times do not show all of what is spent. Every octet that is relayed passes one more
+# link, and where links are the limit, that halves what they carry; waiting in front of a full link
+# delays handoffs most, so that the measured threshold would grow when it should not. And handoffs
+# take several times the processor time of relaying what is small, which is scarcer than links then.
+LOWEST, HIGHEST = 32 * 1024, FIRST_THRESHOLD
 _SLOTS = 1 << 16  # remembered sizes: 12 octets each
 _PROBE = 64  # one in so many requests near the threshold goes the other way, to keep measuring
 _NEAR = 4  # a factor: how far from the threshold "near" reaches

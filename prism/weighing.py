@@ -27,8 +27,8 @@ __all__ = ["Weigher"]
 PAUSE: Final = 1.0  # seconds between two reports
 _ENTRIES = 42  # of one report: what fits MAX_REPORT
 _REPORTS = 8  # at a time; what was learned beyond that is not told
-_CROWD = 1.25  # times as many connections as another node has: one's own link is the narrow one
-_FEW = 4  # connections by which nodes may differ anyway
+_CROWD = 1.1  # times as many connections as another node has: one's own link is the narrow one
+_FEW = 2  # connections by which nodes may differ anyway
 
 
 class Weigher:

@@ -157,8 +157,9 @@ def _measure(costs: Costs, handoff: float, fixed: float, octet: float, times: in
 @pytest.mark.parametrize(
     ("handoff", "fixed", "octet", "threshold"),
     [
-        (600e-6, 300e-6, 10e-9, 30_000),
-        (500e-6, 300e-6, 40e-9, 5_000),
+        (700e-6, 300e-6, 10e-9, 40_000),
+        (860e-6, 300e-6, 10e-9, 56_000),
+        (500e-6, 300e-6, 40e-9, LOWEST),
         (300e-6, 400e-6, 40e-9, LOWEST),
         (20e-3, 300e-6, 1e-9, HIGHEST),
     ],
