@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +33,7 @@ _PATTERN = os.urandom(1 << 20)
 _PORTS = {"nginx": (8080, 8440), "haproxy": (8081, 8441), "nginx-store": (8082, 8442)}
 
 
+_WARM = 1.5  # seconds at either end of a run of uploads that are not measured
 _MOST_KEYS, _FEWEST_KEYS = 64, 16  # of one size
 _HELD = 256 << 20  # octets of one size's objects, if that is not fewer than the fewest
 
@@ -46,7 +48,7 @@ class Measured:
         frontend: seconds of the system's frontend processes, of ``usage``.
         backends: seconds of all its backend processes.
         counters: how Prism's own counters moved; empty for a rival.
-        seconds: how long the load ran; of a PUT also what was under way at its end.
+        seconds: how long it was measured.
         octets: delivered in a second: of a GET what the client has read; of a PUT what has come to
             the backends and stayed there, by their links, since bodies that are not complete at
             the end count, too, but neither what was lost on the way nor what is only passed on.
@@ -248,14 +250,9 @@ class Bed:
         Raises:
             PrismError: the load could not be driven.
         """
-        account = Account(self.cluster.topology.switch, self._sessions)
         counters = self._counters(system)
-        before = account.look()
-        began = time.monotonic()
-        sample = drive(self.client, self.url(system, tls=tls), load, seconds, self.dir, seed=seed)
-        usage = account.look().since(before)
-        elapsed = time.monotonic() - began
-        uploads = load.method == "PUT"
+        watch = self._watch_uploads if load.method == "PUT" else self._watch
+        sample, usage, octets = watch(self.url(system, tls=tls), load, seconds, seed)
         moved = {
             name: value - counters.get(name, 0) for name, value in self._counters(system).items()
         }
@@ -265,9 +262,36 @@ class Bed:
             self._frontend(system, usage),
             self._backends(system, usage),
             moved,
-            elapsed if uploads else seconds,
-            _stayed(usage) / elapsed if uploads else sample.octets,
+            seconds,
+            octets,
         )
+
+    def _watch(
+        self, url: str, load: Load, seconds: float, seed: int
+    ) -> tuple[Sample, Usage, float]:
+        """Drive the load; what the client saw, what was spent, octets a second."""
+        account = Account(self.cluster.topology.switch, self._sessions)
+        before = account.look()
+        sample = drive(self.client, url, load, seconds, self.dir, seed=seed)
+        return sample, account.look().since(before), sample.octets
+
+    def _watch_uploads(
+        self, url: str, load: Load, seconds: float, seed: int
+    ) -> tuple[Sample, Usage, float]:
+        """The same, by the links in the middle of a longer run: there is no end but the client's.
+
+        wrk takes a while to prepare large bodies, and counts only uploads that are over.
+        """
+        account = Account(self.cluster.topology.switch, self._sessions)
+        with ThreadPoolExecutor(1) as pool:
+            driving = pool.submit(
+                drive, self.client, url, load, seconds + 2 * _WARM, self.dir, seed=seed
+            )
+            time.sleep(_WARM)
+            before, began = account.look(), time.monotonic()
+            time.sleep(seconds)
+            usage, took = account.look().since(before), time.monotonic() - began
+            return driving.result(), usage, _stayed(usage) / took
 
     def place(self, path: str) -> str:
         """The backend that a path's object is at (the first, of several)."""
