@@ -66,6 +66,9 @@ enum prism_tcp_result prism_tcp_narrow(int fd, uint32_t octets, uint32_t *clamp,
 	PRISM_TRY(get(fd, TCP_WINDOW_CLAMP, clamp, sizeof(*clamp), "TCP_WINDOW_CLAMP", fault));
 	PRISM_TRY(prism_tcp_freeze(fd, fault));
 	result = move_edge(fd, octets, fault);
+	if (result != PRISM_TCP_OK) /* or it would stay narrow for good */
+		(void)prism_set_int(fd, IPPROTO_TCP, TCP_WINDOW_CLAMP, (int)*clamp,
+				    "TCP_WINDOW_CLAMP", &ignored);
 	PRISM_TRY(prism_tcp_resume(fd, 0, result == PRISM_TCP_OK ? fault : &ignored));
 	return result;
 }
